@@ -1,0 +1,192 @@
+//! The command line: one file per command, each `flags -> settings -> one call into the library -> Output`.
+//!
+//! Results go to stdout, diagnostics and progress to stderr. Under `--json` stdout holds exactly one JSON object, errors
+//! included. Exit codes are those of [`Kind`](crate::error::Kind).
+
+mod annotate;
+mod bench;
+mod demo;
+mod doctor;
+mod embed;
+mod eval;
+mod finetune;
+mod inspect;
+mod markers;
+mod merge;
+mod pack;
+mod plan;
+mod pretrain;
+mod progress;
+mod refine;
+mod report;
+mod vocab;
+
+pub use progress::Progress;
+
+use crate::error::{Error, Result};
+use clap::{Args, Parser, Subcommand};
+use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
+
+/// What a command prints: text for people, the same content as one JSON object for programs.
+#[derive(Debug, Default)]
+pub struct Output {
+    /// Lines for stdout; a final newline is added where missing.
+    pub text: String,
+    /// The object printed under `--json`.
+    pub json: serde_json::Value,
+}
+
+/// Prototype-guided post-pretraining of single-cell transformers.
+#[derive(Debug, Parser)]
+#[command(name = "cellrefine", version, propagate_version = true, max_term_width = 110)]
+#[command(after_help = "Examples:\n  cellrefine demo\n  cellrefine pack cells.h5ad --vocab V.tsv --out cells.cells --obs cell_type")]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Flags that every command takes.
+#[derive(Debug, Clone, Args)]
+pub struct Global {
+    /// Print exactly one JSON object on stdout.
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// No progress and no notes on stderr.
+    #[arg(long, short, global = true)]
+    pub quiet: bool,
+    /// Worker threads; 0 = all cores. Results do not depend on it.
+    #[arg(long, global = true, default_value_t = 0, value_name = "N", env = "CELLREFINE_THREADS", hide_env = true)]
+    pub threads: usize,
+    /// Where the network runs: auto, cpu (cuda, cuda:N and emulated where built).
+    #[arg(long, global = true, default_value = "auto", value_name = "DEVICE", env = "CELLREFINE_DEVICE", hide_env = true)]
+    pub device: String,
+    /// Seed of everything random.
+    #[arg(long, global = true, value_name = "N", env = "CELLREFINE_SEED", hide_env = true)]
+    pub seed: Option<u64>,
+    /// Settings file (TOML); weaker than CELLREFINE_* variables and --set.
+    #[arg(long, global = true, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// One setting, dotted: --set objective.proto=0.5 (may be repeated).
+    #[arg(long = "set", global = true, value_name = "A.B=C")]
+    pub set: Vec<String>,
+}
+
+impl Global {
+    /// Notes and progress wanted on stderr?
+    pub fn talks(&self) -> bool {
+        !self.quiet
+    }
+    /// A note on stderr, unless `--quiet`.
+    pub fn note(&self, text: impl std::fmt::Display) {
+        if self.talks() {
+            eprintln!("{text}");
+        }
+    }
+    /// A progress bar (a terminal) or a line every few seconds (no terminal); silent under `--quiet`.
+    pub fn progress(&self, what: &str, total: Option<u64>) -> Progress {
+        Progress::new(what, total, self.talks(), std::io::stderr().is_terminal())
+    }
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// The whole story on the bundled real cells: before and after refine, in one table.
+    Demo(demo::Flags),
+    /// Build or convert a gene vocabulary.
+    Vocab(vocab::Flags),
+    /// Turn .h5ad files into a tokenised corpus; prints the gene-mapping report.
+    Pack(pack::Flags),
+    /// One manifest over shards packed apart.
+    Merge(merge::Flags),
+    /// What a corpus, checkpoint, vocabulary, marker file or run is, its numbers, its health.
+    Inspect(inspect::Flags),
+    /// Derive or check marker-gene sets.
+    Markers(markers::Flags),
+    /// Masked-gene pretraining.
+    Pretrain(pretrain::Flags),
+    /// Prototype-guided post-pretraining: the main job.
+    Refine(refine::Flags),
+    /// A classifier on top of a checkpoint.
+    Finetune(finetune::Flags),
+    /// Cell embeddings, one row per cell, in input order.
+    Embed(embed::Flags),
+    /// Zero-shot labels by nearest prototype, marker score or both.
+    Annotate(annotate::Flags),
+    /// Accuracy, macro-F1, probes, kNN, recall@k, clustering and mixing scores.
+    Eval(eval::Flags),
+    /// One self-contained page over one or more runs.
+    Report(report::Flags),
+    /// Timings against counted floors, as JSON.
+    Bench(bench::Flags),
+    /// Memory and FLOPs of a run before it starts, per named buffer.
+    Plan(plan::Flags),
+    /// What this build and this machine can do.
+    Doctor(doctor::Flags),
+}
+
+fn dispatch(global: &Global, command: &Command) -> Result<Output> {
+    match command {
+        Command::Demo(f) => demo::run(global, f),
+        Command::Vocab(f) => vocab::run(global, f),
+        Command::Pack(f) => pack::run(global, f),
+        Command::Merge(f) => merge::run(global, f),
+        Command::Inspect(f) => inspect::run(global, f),
+        Command::Markers(f) => markers::run(global, f),
+        Command::Pretrain(f) => pretrain::run(global, f),
+        Command::Refine(f) => refine::run(global, f),
+        Command::Finetune(f) => finetune::run(global, f),
+        Command::Embed(f) => embed::run(global, f),
+        Command::Annotate(f) => annotate::run(global, f),
+        Command::Eval(f) => eval::run(global, f),
+        Command::Report(f) => report::run(global, f),
+        Command::Bench(f) => bench::run(global, f),
+        Command::Plan(f) => plan::run(global, f),
+        Command::Doctor(f) => doctor::run(global, f),
+    }
+}
+
+/// Parses the arguments, runs the command, prints, and returns the exit code. Only this function prints results and errors.
+pub fn main() -> u8 {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => {
+            let _ = e.print();
+            return if e.use_stderr() { 2 } else { 0 };
+        }
+    };
+    if cli.global.threads > 0 {
+        // Fails only where a pool was already built, which nothing before this line does.
+        let _ = rayon::ThreadPoolBuilder::new().num_threads(cli.global.threads).build_global();
+    }
+    let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| dispatch(&cli.global, &cli.command)))
+        .unwrap_or_else(|_| Err(Error::bug("this is a bug in cellrefine").next("report the command and the lines above")));
+    match outcome {
+        Ok(output) => {
+            let text = if cli.global.json { output.json.to_string() } else { output.text };
+            print(&text)
+        }
+        Err(e) => {
+            if cli.global.json {
+                print(&e.to_json().to_string());
+            }
+            eprintln!("error: {e}");
+            e.kind().exit_code()
+        }
+    }
+}
+
+/// Writes to stdout; a closed pipe (`cellrefine … | head`) is no failure.
+fn print(text: &str) -> u8 {
+    let newline = if text.is_empty() || text.ends_with('\n') { "" } else { "\n" };
+    let mut out = std::io::stdout().lock();
+    match write!(out, "{text}{newline}").and_then(|()| out.flush()) {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {
+            eprintln!("error: {}", Error::io("stdout", "write the result", &e));
+            4
+        }
+        _ => 0,
+    }
+}

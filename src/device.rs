@@ -1,0 +1,134 @@
+//! The backend boundary: a device that owns memory, and the buffers on it.
+//!
+//! Everything above this file (model, objective, training) is generic over a [`Device`] and the ops in [`crate::ops`];
+//! everything below it (`cpu/`, and later `cuda/`) implements them. A buffer is either an allocation or a part of one:
+//! [`Store`](crate::model::store::Store) lays named parts over one flat buffer, so that the optimiser sees one array and
+//! the network sees tensors.
+
+use crate::error::Result;
+use half::bf16;
+use std::ops::Range;
+
+/// A plain number that can live in device memory.
+pub trait Element: bytemuck::Pod + Send + Sync + std::fmt::Debug + PartialEq + 'static {}
+impl Element for f32 {}
+impl Element for f64 {}
+impl Element for bf16 {}
+impl Element for u8 {}
+impl Element for u16 {}
+impl Element for u32 {}
+impl Element for i32 {}
+impl Element for u64 {}
+
+/// Activation types. Sums, statistics and losses are f32 or better whatever the activation type is; rounding to it
+/// happens once, at the store.
+pub trait Act: Element + Copy + Default {
+    /// `"f32"` or `"bf16"`, as on the command line.
+    const NAME: &'static str;
+    /// True where activations and master weights have the same type, so that one copy serves both.
+    const IS_F32: bool;
+    /// Exact widening.
+    fn to_f32(self) -> f32;
+    /// Rounding to nearest even.
+    fn from_f32(x: f32) -> Self;
+}
+impl Act for f32 {
+    const NAME: &'static str = "f32";
+    const IS_F32: bool = true;
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        self
+    }
+    #[inline(always)]
+    fn from_f32(x: f32) -> Self {
+        x
+    }
+}
+impl Act for bf16 {
+    const NAME: &'static str = "bf16";
+    const IS_F32: bool = false;
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        f32::from_bits((self.to_bits() as u32) << 16)
+    }
+    #[inline(always)]
+    fn from_f32(x: f32) -> Self {
+        bf16::from_f32(x)
+    }
+}
+
+/// Length of a device buffer, in elements.
+pub trait Len {
+    /// Elements in the buffer.
+    fn len(&self) -> usize;
+    /// True when there are none.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// A device: where buffers live and ops run. Cheap to clone (a handle).
+pub trait Device: Sized + Clone + Send + Sync + 'static {
+    /// Memory of this device, or a part of such memory. Not `Clone`: a copy of device memory is never made by accident.
+    type Buf<T: Element>: Len + Send + Sync;
+
+    /// What `doctor` and the run record call this device.
+    fn name(&self) -> String;
+
+    /// `len` zeros. Fails with the bytes asked for when memory runs out (exit 4).
+    fn zeros<T: Element>(&self, len: usize) -> Result<Self::Buf<T>>;
+
+    /// Host to device; `host` may be shorter than `buf`, the rest keeps its content.
+    fn write<T: Element>(&self, buf: &mut Self::Buf<T>, host: &[T]) -> Result<()>;
+
+    /// Device to host; `host` may be shorter than `buf`.
+    fn read<T: Element>(&self, buf: &Self::Buf<T>, host: &mut [T]) -> Result<()>;
+
+    /// Sets every element to zero.
+    fn clear<T: Element>(&self, buf: &mut Self::Buf<T>) -> Result<()>;
+
+    /// Device to device, the first `len` elements.
+    fn copy<T: Element>(&self, from: &Self::Buf<T>, to: &mut Self::Buf<T>, len: usize) -> Result<()>;
+
+    /// A second handle to elements `range` of `buf`, kept alive independently of it.
+    ///
+    /// # Safety
+    /// The two handles see the same memory. The caller keeps Rust's rule: while one is borrowed mutably, the other is
+    /// not used. [`Store`](crate::model::store::Store) is the keeper: it lends either its flat or its named view.
+    unsafe fn part<T: Element>(&self, buf: &Self::Buf<T>, range: Range<usize>) -> Self::Buf<T>;
+
+    /// A new buffer with the content of `host`.
+    fn upload<T: Element>(&self, host: &[T]) -> Result<Self::Buf<T>> {
+        let mut buf = self.zeros(host.len())?;
+        self.write(&mut buf, host)?;
+        Ok(buf)
+    }
+
+    /// All of `buf` on the host.
+    fn download<T: Element>(&self, buf: &Self::Buf<T>) -> Result<Vec<T>> {
+        let mut host = vec![bytemuck::Zeroable::zeroed(); buf.len()];
+        self.read(buf, &mut host)?;
+        Ok(host)
+    }
+}
+
+/// Counter-based dropout (Philox 4x32-10, [`crate::rng`]): element `i` of row `r` is kept or dropped by
+/// `(seed, step, site, first_row + r, i)` alone, so every backend, batch split and thread count draws the same mask.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Dropout {
+    /// Probability of dropping, in [0, 1); 0 switches it off and costs nothing.
+    pub probability: f32,
+    /// Seed of the run.
+    pub seed: u64,
+    /// Training step.
+    pub step: u32,
+    /// Which dropout of the network: unique per layer and place.
+    pub site: u32,
+    /// Index, within the logical batch, of this call's first row (a token).
+    pub first_row: u64,
+}
+
+impl Dropout {
+    /// No dropout: evaluation.
+    pub const NONE: Dropout = Dropout { probability: 0.0, seed: 0, step: 0, site: 0, first_row: 0 };
+}

@@ -1,0 +1,39 @@
+//! `cellrefine`: prototype-guided post-pretraining of single-cell transformers.
+//!
+//! A cell is a sentence of genes in rank order. Between pretraining and fine-tuning, the *refine* stage pulls cells towards
+//! prototypes made from marker-gene sets, so that rare cell types and shifted data are handled better (CellRefine,
+//! arXiv 2605.07938).
+//!
+//! # A tour
+//! | module | what it holds |
+//! |---|---|
+//! | [`import`] | sources of cells with counts (`.h5ad`), one row at a time, in bounded memory |
+//! | [`genes`] | vocabulary, gene-id mapping, rank tokenisation, marker sets |
+//! | [`corpus`] | the memory-mapped corpus: writer, reader, sampler, packed batches |
+//! | [`device`], [`ops`], [`cpu`] | the backend boundary: buffers, the maths of each op with its shape checks, the CPU's kernels |
+//! | [`model`] | the BERT encoder, forward and backward by hand, over one flat parameter store |
+//! | [`objective`] | prototypes and the five terms of the refine loss |
+//! | [`train`] | steps, schedules, optimiser, run folders, resume |
+//! | [`eval`] | embeddings, metrics, probes, splits, zero-shot annotation |
+//! | [`report`], [`bench`] | run records; timings against counted floors |
+//! | [`cli`] | one file per command |
+//!
+//! Shape letters, everywhere: N packed tokens, C cells, L layers, D width, H heads, K head width, F feed-forward width,
+//! V vocabulary, P prototypes, M masked tokens.
+
+pub mod bench;
+pub mod cli;
+pub mod config;
+pub mod corpus;
+pub mod cpu;
+pub mod device;
+pub mod error;
+pub mod eval;
+pub mod genes;
+pub mod import;
+pub mod model;
+pub mod objective;
+pub mod ops;
+pub mod report;
+pub mod rng;
+pub mod train;
