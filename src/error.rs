@@ -110,12 +110,17 @@ impl Error {
     pub fn io(path: impl AsRef<Path>, doing: &str, e: &std::io::Error) -> Self {
         use std::io::ErrorKind as K;
         let kind = match e.kind() {
-            K::NotFound | K::PermissionDenied | K::InvalidData | K::UnexpectedEof | K::IsADirectory | K::NotADirectory => {
-                Kind::Input
-            }
+            K::NotFound
+            | K::PermissionDenied
+            | K::InvalidData
+            | K::UnexpectedEof
+            | K::IsADirectory
+            | K::NotADirectory => Kind::Input,
             _ => Kind::Environment,
         };
-        Self::new(kind, format!("cannot {doing}")).at(path.as_ref().display().to_string()).found(e.to_string())
+        Self::new(kind, format!("cannot {doing}"))
+            .at(path.as_ref().display().to_string())
+            .found(e.to_string())
     }
 
     /// Where: `file`, `file:slot`, `file:line`.

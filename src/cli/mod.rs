@@ -40,7 +40,9 @@ pub struct Output {
 /// Prototype-guided post-pretraining of single-cell transformers.
 #[derive(Debug, Parser)]
 #[command(name = "cellrefine", version, propagate_version = true, max_term_width = 110)]
-#[command(after_help = "Examples:\n  cellrefine demo\n  cellrefine pack cells.h5ad --vocab V.tsv --out cells.cells --obs cell_type")]
+#[command(
+    after_help = "Examples:\n  cellrefine demo\n  cellrefine pack cells.h5ad --vocab V.tsv --out cells.cells --obs cell_type"
+)]
 struct Cli {
     #[command(flatten)]
     global: Global,
@@ -58,10 +60,24 @@ pub struct Global {
     #[arg(long, short, global = true)]
     pub quiet: bool,
     /// Worker threads; 0 = all cores. Results do not depend on it.
-    #[arg(long, global = true, default_value_t = 0, value_name = "N", env = "CELLREFINE_THREADS", hide_env = true)]
+    #[arg(
+        long,
+        global = true,
+        default_value_t = 0,
+        value_name = "N",
+        env = "CELLREFINE_THREADS",
+        hide_env = true
+    )]
     pub threads: usize,
     /// Where the network runs: auto, cpu (cuda, cuda:N and emulated where built).
-    #[arg(long, global = true, default_value = "auto", value_name = "DEVICE", env = "CELLREFINE_DEVICE", hide_env = true)]
+    #[arg(
+        long,
+        global = true,
+        default_value = "auto",
+        value_name = "DEVICE",
+        env = "CELLREFINE_DEVICE",
+        hide_env = true
+    )]
     pub device: String,
     /// Seed of everything random.
     #[arg(long, global = true, value_name = "N", env = "CELLREFINE_SEED", hide_env = true)]
@@ -161,8 +177,11 @@ pub fn main() -> u8 {
         // Fails only where a pool was already built, which nothing before this line does.
         let _ = rayon::ThreadPoolBuilder::new().num_threads(cli.global.threads).build_global();
     }
-    let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| dispatch(&cli.global, &cli.command)))
-        .unwrap_or_else(|_| Err(Error::bug("this is a bug in cellrefine").next("report the command and the lines above")));
+    let outcome =
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| dispatch(&cli.global, &cli.command)))
+            .unwrap_or_else(|_| {
+                Err(Error::bug("this is a bug in cellrefine").next("report the command and the lines above"))
+            });
     match outcome {
         Ok(output) => {
             let text = if cli.global.json { output.json.to_string() } else { output.text };

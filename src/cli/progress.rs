@@ -16,14 +16,17 @@ const LINE_EVERY: Duration = Duration::from_secs(5);
 
 impl Progress {
     pub(super) fn new(what: &str, total: Option<u64>, talks: bool, terminal: bool) -> Self {
-        let target = if talks && terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+        let target =
+            if talks && terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
         let bar = ProgressBar::with_draw_target(total, target);
         let template = if total.is_some() {
             "{msg} [{bar:30}] {human_pos}/{human_len} {per_sec} {eta}"
         } else {
             "{msg} {spinner} {human_pos} {per_sec}"
         };
-        bar.set_style(ProgressStyle::with_template(template).expect("a valid template").progress_chars("=> "));
+        bar.set_style(
+            ProgressStyle::with_template(template).expect("a valid template").progress_chars("=> "),
+        );
         bar.set_message(what.to_string());
         let next_line = (talks && !terminal).then(|| Mutex::new(Instant::now() + LINE_EVERY));
         Progress { bar, what: what.to_string(), next_line }

@@ -1,1 +1,53 @@
-//! (module cpu)
+//! The CPU backend: the default, complete without a GPU, and the oracle's next-door neighbour for every kernel.
+//!
+//! One file per op, as in [`crate::ops`]. Work is cut into chunks whose size depends on the shapes alone, and partial
+//! results are combined in chunk order, so results have the same bits for any number of threads.
+
+mod buffer;
+
+pub use buffer::Buf;
+
+use crate::device::{Device, Element};
+use crate::error::Result;
+use std::ops::Range;
+
+/// The processor this program runs on; threads come from rayon's global pool.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Cpu;
+
+impl Device for Cpu {
+    type Buf<T: Element> = Buf<T>;
+
+    fn name(&self) -> String {
+        format!("cpu ({} threads)", rayon::current_num_threads())
+    }
+
+    fn zeros<T: Element>(&self, len: usize) -> Result<Buf<T>> {
+        Buf::zeros(len)
+    }
+
+    fn write<T: Element>(&self, buf: &mut Buf<T>, host: &[T]) -> Result<()> {
+        buf[..host.len()].copy_from_slice(host);
+        Ok(())
+    }
+
+    fn read<T: Element>(&self, buf: &Buf<T>, host: &mut [T]) -> Result<()> {
+        host.copy_from_slice(&buf[..host.len()]);
+        Ok(())
+    }
+
+    fn clear<T: Element>(&self, buf: &mut Buf<T>) -> Result<()> {
+        buf.fill(bytemuck::Zeroable::zeroed());
+        Ok(())
+    }
+
+    fn copy<T: Element>(&self, from: &Buf<T>, to: &mut Buf<T>, len: usize) -> Result<()> {
+        to[..len].copy_from_slice(&from[..len]);
+        Ok(())
+    }
+
+    unsafe fn part<T: Element>(&self, buf: &Buf<T>, range: Range<usize>) -> Buf<T> {
+        // SAFETY: the caller keeps the two handles from being used at once, as this function's contract asks.
+        unsafe { buf.part(range) }
+    }
+}
