@@ -1,1 +1,3 @@
-//! (module bench)
+//! Cases shared by `cellrefine bench` and `benches/`: timing, counted bytes and FLOPs, ceilings, JSON.
+
+pub mod loader;

@@ -1,1 +1,19 @@
-//! (module corpus)
+//! The corpus: tokenised cells on disk, and everything that draws cells from it.
+//!
+//! A cell is a run of gene ids in rank order. [`format`] says how the runs lie on disk, [`writer`] puts them there,
+//! [`reader`] maps them back without a copy, [`splits`] divides the cells, [`sampler`] orders them, [`batch`] packs them.
+//! One CSR throughout: `cell_start` (C+1) over packed `gene` (N), on disk as in a batch.
+
+pub mod batch;
+pub mod format;
+pub mod reader;
+pub mod sampler;
+pub mod splits;
+pub mod writer;
+
+pub use batch::{Batch, BatchOptions, Loader, Packer, Tokens};
+pub use format::{Column, Manifest, ObsKind, VocabIdentity};
+pub use reader::{Categorical, Corpus, Genes};
+pub use sampler::{Sampler, SamplerState, Sampling};
+pub use splits::{Labels, Split, SplitSpec, TrainingCells};
+pub use writer::{CellRecord, CorpusOptions, CorpusWriter, ObsSpec, ObsValue};

@@ -1,1 +1,4 @@
-//! (module genes)
+//! Genes: vocabulary, gene-id mapping, rank tokenisation, marker sets and scores.
+
+pub mod marker_score;
+pub mod markers;
