@@ -4,6 +4,7 @@
 //! results are combined in chunk order, so results have the same bits for any number of threads.
 
 mod buffer;
+pub mod gene_attention;
 
 pub use buffer::Buf;
 
