@@ -1,4 +1,19 @@
-//! Genes: vocabulary, gene-id mapping, rank tokenisation, marker sets and scores.
+//! Genes as tokens: the vocabulary, gene-id mapping, rank tokenisation, marker sets and scores.
+//!
+//! | file | what |
+//! |---|---|
+//! | [`vocab`] | token names, medians, special tokens, symbols, digest; our `V.tsv` |
+//! | [`dictionary`] | Geneformer's token and median dictionaries (TSV, JSON, pickle) |
+//! | [`mapping`] | which column of a file is which token, and the report that says so |
+//! | [`tokenize`] | counts of one cell to gene ids in rank order: pure, exact, no allocation |
+//! | [`markers`], [`marker_score`] | marker sets of cell types, and how well a cell fits one |
 
+pub mod dictionary;
+pub mod mapping;
 pub mod marker_score;
 pub mod markers;
+mod pickle;
+pub mod tokenize;
+pub mod vocab;
+
+pub use vocab::{Specials, Vocab};
