@@ -29,7 +29,11 @@ pub fn run(_global: &Global, _flags: &Flags) -> Result<Output> {
     let _ = writeln!(text, "  build      {} {}", std::env::consts::ARCH, std::env::consts::OS);
     let _ = writeln!(text, "  devices    cpu");
     let _ = writeln!(text, "  threads    {threads}");
-    let _ = writeln!(text, "  SIMD       {}", if simd.is_empty() { "none detected".into() } else { simd.join(" ") });
+    let _ = writeln!(
+        text,
+        "  SIMD       {}",
+        if simd.is_empty() { "none detected".into() } else { simd.join(" ") }
+    );
     let _ = writeln!(text, "  f32 path   {f32_path}");
     let _ = writeln!(text, "  bf16 path  {bf16_path}");
     if let (Some(total), Some(available)) = (gigabytes(total), gigabytes(available)) {

@@ -3,8 +3,19 @@
 //! One file per op, as in [`crate::ops`]. Work is cut into chunks whose size depends on the shapes alone, and partial
 //! results are combined in chunk order, so results have the same bits for any number of threads.
 
+mod adamw;
 mod buffer;
+pub mod dropout;
+mod embed;
 pub mod gene_attention;
+mod layernorm;
+mod linear;
+mod mask_tokens;
+mod pool;
+mod reduce;
+mod rows;
+pub mod scratch;
+pub mod simd;
 
 pub use buffer::Buf;
 
