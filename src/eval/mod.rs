@@ -1,1 +1,18 @@
-//! (module eval)
+//! Evaluation: cell embeddings, and what they are worth.
+//!
+//! The measures are pure functions over host arrays ([`Rows`], class indices); they know nothing of the model and follow
+//! scikit-learn's and scib's definitions, against which golden tests hold them. Nothing depends on the number of threads.
+
+pub mod clustering;
+pub mod frozen;
+pub mod kmeans;
+pub mod knn;
+pub mod lbfgs;
+pub mod metrics;
+pub mod mixing;
+pub mod npy;
+pub mod probe;
+pub mod rows;
+pub mod silhouette;
+
+pub use rows::Rows;
