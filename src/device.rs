@@ -73,7 +73,7 @@ pub trait Len {
 /// A device: where buffers live and ops run. Cheap to clone (a handle).
 pub trait Device: Sized + Clone + Send + Sync + 'static {
     /// Memory of this device, or a part of such memory. Not `Clone`: a copy of device memory is never made by accident.
-    type Buf<T: Element>: Len + Send + Sync;
+    type Buf<T: Element>: Len + Send + Sync + 'static;
 
     /// What `doctor` and the run record call this device.
     fn name(&self) -> String;

@@ -92,8 +92,8 @@ pub(super) fn backward_row<A: Act>(
 
 vectorized! {
     /// One block of rows; `partial` (2, D) receives its sums for dweight and dbias; `work` is (3, D) scratch.
-    fn backward_rows[A: Act](dy: &[A], sum: &[A], mean: &[f32], rstd: &[f32], weight: &[A], dropout: Dropout, first: usize,
-        dx: &mut [A], dresidual: Option<&mut [A]>, partial: &mut [f32], work: &mut [f32]) {
+    fn backward_rows[A: Act](dy: &[A], sum: &[A], mean: &[f32], rstd: &[f32], weight: &[A], dropout: Dropout, relu_input: bool,
+        first: usize, dx: &mut [A], dresidual: Option<&mut [A]>, partial: &mut [f32], work: &mut [f32]) {
         let width = partial.len() / 2;
         let (dweight, dbias) = partial.split_at_mut(width);
         dweight.fill(0.0);
@@ -111,6 +111,8 @@ vectorized! {
             if dropout.probability > 0.0 {
                 dropout::row_factors(dropout, first + r, width, factor);
                 for i in 0..width { dx[i] = A::from_f32(n[i] * factor[i]) }
+            } else if relu_input {
+                for i in 0..width { dx[i] = if sum[i].to_f32() > 0.0 { A::from_f32(n[i]) } else { A::default() } }
             } else {
                 for i in 0..width { dx[i] = A::from_f32(n[i]) }
             }
@@ -192,6 +194,7 @@ impl<A: Act> LayerNorm<A> for Cpu {
                 &rstd[tokens],
                 weight,
                 input.dropout,
+                input.relu_input,
                 first,
                 dx,
                 dresidual,

@@ -4,13 +4,8 @@
 
 use crate::cpu::Cpu;
 use crate::error::Result;
-use crate::ops::mask_tokens::{Dims, MaskTokens, Out};
+use crate::ops::mask_tokens::{Dims, MaskTokens, Out, words_below};
 use crate::rng::{site, stream_block};
-
-/// The words below `share · 2³²`, exclusive end: `word < share·2³²` exactly, for share in [0, 1].
-fn words_below(share: f64) -> u64 {
-    (share * (1u64 << 32) as f64).ceil() as u64
-}
 
 impl MaskTokens for Cpu {
     fn mask_tokens(&self, dims: Dims, gene: &Self::Buf<u32>, out: Out<'_, Self>) -> Result<usize> {
@@ -35,7 +30,7 @@ impl MaskTokens for Cpu {
                 out.gene[t] = dims.first_gene + ((draw as u128 * genes as u128) >> 64) as u32;
             }
             out.index[count] = t as u32;
-            out.target[count] = original;
+            out.target[count] = original as i32;
             count += 1;
         }
         Ok(count)

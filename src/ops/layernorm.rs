@@ -5,12 +5,12 @@
 //! y   = (sum - mean) · rstd · weight + bias
 //! ```
 //! Backward: with g = dy·weight and n = (sum - mean)·rstd,
-//! `dsum = rstd · (g - mean_D(g) - n · mean_D(g·n))`, `dresidual = dsum`, `dx = dsum · dropout mask`,
+//! `dsum = rstd · (g - mean_D(g) - n · mean_D(g·n))`, `dresidual = dsum`, `dx = dsum · dropout mask · ReLU mask`,
 //! `dweight += Σ_rows dy·n`, `dbias += Σ_rows dy` (rows summed in a fixed order).
 
 use super::check_all;
 use crate::device::{Act, Device, Dropout};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Sizes of one call.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -61,6 +61,8 @@ pub struct BackwardIn<'a, B: Device, A: Act> {
     pub weight: &'a B::Buf<A>,
     /// As in the forward pass.
     pub dropout: Dropout,
+    /// The branch x came out of a ReLU and nothing was added to it (no residual, no dropout): dx is zeroed where x is 0.
+    pub relu_input: bool,
 }
 
 /// What the backward pass writes.
@@ -117,6 +119,11 @@ pub fn backward<A: Act, B: LayerNorm<A>>(
         dweight: grads.dweight, dims.width; dbias: grads.dbias, dims.width);
     if let Some(r) = &grads.dresidual {
         check_all!("layernorm backward", dresidual: *r, n);
+    }
+    if input.relu_input && (grads.dresidual.is_some() || input.dropout.probability > 0.0) {
+        return Err(Error::bug(
+            "layernorm backward: `sum` is not the ReLU's output where something was added to it",
+        ));
     }
     dev.layernorm_backward(dims, input, grads)
 }

@@ -9,6 +9,7 @@
 use super::check_all;
 use crate::device::Device;
 use crate::error::Result;
+use crate::rng::{site, stream_block};
 
 /// Sizes and rates of one call.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -41,14 +42,29 @@ pub struct Out<'a, B: Device> {
     pub gene: &'a mut B::Buf<u32>,
     /// (N) capacity: token index of each chosen token, ascending.
     pub index: &'a mut B::Buf<u32>,
-    /// (N) capacity: original gene of each chosen token.
-    pub target: &'a mut B::Buf<u32>,
+    /// (N) capacity: original gene of each chosen token, in the type of a loss's target columns.
+    pub target: &'a mut B::Buf<i32>,
 }
 
 /// A backend's masking.
 pub trait MaskTokens: Device {
     /// Returns M, the number of chosen tokens. (A device without a cheap read-back counts on the host: the bits are the same.)
     fn mask_tokens(&self, dims: Dims, gene: &Self::Buf<u32>, out: Out<'_, Self>) -> Result<usize>;
+}
+
+/// The words below `share · 2³²`, exclusive end: `word < share·2³²` exactly, for share in [0, 1].
+pub(crate) fn words_below(share: f64) -> u64 {
+    (share * (1u64 << 32) as f64).ceil() as u64
+}
+
+/// M of a call without making it, from host genes: the loss is divided by the masked tokens of the whole logical batch, which
+/// must be known before its first part is worked on.
+pub fn count(dims: Dims, gene: &[u32]) -> usize {
+    let chosen = words_below(dims.probability as f64);
+    let is_chosen =
+        |t: usize| stream_block(dims.seed, dims.step, site::MASK, dims.first_row + t as u64)[0] as u64;
+    let genes = gene[..dims.tokens].iter().enumerate().filter(|(_, gene)| **gene >= dims.first_gene);
+    genes.filter(|(t, _)| is_chosen(*t) < chosen).count()
 }
 
 /// Checked masking; returns M.

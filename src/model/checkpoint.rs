@@ -1,0 +1,408 @@
+//! Checkpoints are Hugging Face folders: `config.json` and `model.safetensors` (and, beside them, `vocab.tsv` and, after
+//! fine-tuning, `classifier.safetensors` with `classifier.json`).
+//!
+//! Read strictly: every missing, unexpected or misshapen tensor is named. Two exceptions have reasons: `position_ids` is a
+//! constant that old versions of `transformers` stored, and `cls.predictions.decoder.*` is tolerated where it is equal to the
+//! tensors it is tied to. Written into a temporary folder, synced, then renamed, so that a kill leaves the old folder or the
+//! new one; `transformers` opens the result with no missing and no unexpected key.
+
+use super::config::ModelConfig;
+use super::store::{Layout, Parameters, Store};
+use super::tensors::{Declared, TensorFile, write};
+use super::weights::{Classification, Classifier, Network, Parameter, Parts};
+use crate::device::{Act, Device};
+use crate::error::{Error, Result};
+use crate::ops::adamw::AdamW;
+use serde_json::{Value, json};
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+
+/// Name of the weights in a folder.
+pub const WEIGHTS: &str = "model.safetensors";
+/// Name of the settings in a folder.
+pub const CONFIG: &str = "config.json";
+/// Name of the token table in a folder.
+pub const VOCABULARY: &str = "vocab.tsv";
+const CLASSIFIER: &str = "classifier.safetensors";
+const CLASSES: &str = "classifier.json";
+
+/// A pointer of a run folder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pointer {
+    /// The checkpoint of the best evaluation.
+    Best,
+    /// The newest one.
+    Last,
+}
+
+impl Pointer {
+    fn file(self) -> &'static str {
+        match self {
+            Pointer::Best => "best",
+            Pointer::Last => "last",
+        }
+    }
+}
+
+/// Finds the model folder that a user means: a folder with `config.json`, or a run folder, whose `best` (else `last`) pointer
+/// is followed.
+///
+/// # Errors
+/// Input: nothing there, or a folder without a checkpoint, with what was found instead.
+pub fn resolve(path: &Path) -> Result<PathBuf> {
+    if path.join(CONFIG).is_file() {
+        return Ok(path.to_path_buf());
+    }
+    for pointer in [Pointer::Best, Pointer::Last] {
+        if let Some(folder) = pointed(path, pointer)? {
+            return Ok(folder);
+        }
+    }
+    let e = match fs::metadata(path) {
+        Err(e) => return Err(Error::io(path, "open the checkpoint", &e)),
+        Ok(m) if m.is_file() => Error::input("a checkpoint is a folder").at(path.display()).found("a file"),
+        Ok(_) => {
+            let names = fs::read_dir(path).map_err(|e| Error::io(path, "list the folder", &e))?;
+            let mut names: Vec<String> =
+                names.filter_map(|n| n.ok()?.file_name().into_string().ok()).take(12).collect();
+            names.sort();
+            Error::input("no checkpoint in this folder").at(path.display()).found(match names.is_empty() {
+                true => "an empty folder".to_string(),
+                false => names.join(", "),
+            })
+        }
+    };
+    Err(e.wanted(
+        "a run folder, a checkpoint folder or a Hugging Face folder (config.json and model.safetensors)",
+    ))
+}
+
+/// The folder a run's pointer names; `None` when there is no such pointer.
+pub fn pointed(run: &Path, pointer: Pointer) -> Result<Option<PathBuf>> {
+    let file = run.join(pointer.file());
+    let text = match fs::read_to_string(&file) {
+        Ok(text) => text,
+        Err(e)
+            if e.kind() == std::io::ErrorKind::NotFound || e.kind() == std::io::ErrorKind::NotADirectory =>
+        {
+            return Ok(None);
+        }
+        Err(e) => return Err(Error::io(&file, "read the pointer", &e)),
+    };
+    let name = text.trim();
+    let folder = run.join("checkpoints").join(name);
+    if name.is_empty() || name.contains(['/', '\\']) || name == ".." || !folder.join(CONFIG).is_file() {
+        return Err(Error::input("the run's pointer names no checkpoint")
+            .at(file.display())
+            .found(format!("{name:?}"))
+            .wanted("the name of a folder under checkpoints/")
+            .next(format!("name the folder itself: {}/checkpoints/step-N", run.display())));
+    }
+    Ok(Some(folder))
+}
+
+/// Points a run at one of its checkpoints (`name` is a folder under `checkpoints/`), atomically.
+pub fn point(run: &Path, pointer: Pointer, name: &str) -> Result<()> {
+    let (temporary, file) = (run.join(format!(".{}.tmp", pointer.file())), run.join(pointer.file()));
+    write_synced(&temporary, format!("{name}\n").as_bytes())?;
+    fs::rename(&temporary, &file).map_err(|e| Error::io(&file, "publish the pointer", &e))?;
+    sync_folder(run)
+}
+
+/// Writes a folder through `fill` under a temporary name beside `folder`, syncs it and renames it. An older `folder` is
+/// replaced; after a failure it is still there and the temporary one is gone.
+pub fn publish(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let io = |doing: &'static str| move |e: std::io::Error| Error::io(folder, doing, &e);
+    let name = folder
+        .file_name()
+        .and_then(|n| n.to_str())
+        .ok_or_else(|| Error::usage("a checkpoint needs a folder name").found(folder.display()))?;
+    let parent = folder.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    fs::create_dir_all(parent).map_err(io("create the folder"))?;
+    let beside = |suffix: &str| parent.join(format!(".{name}.{suffix}-{}", std::process::id()));
+    let (temporary, old) = (beside("tmp"), beside("old"));
+    let _ = fs::remove_dir_all(&temporary);
+    fs::create_dir(&temporary).map_err(io("create the folder"))?;
+    let swap = || -> Result<()> {
+        fill(&temporary)?;
+        sync_folder(&temporary)?;
+        if folder.exists() {
+            fs::rename(folder, &old).map_err(io("move the older folder aside"))?;
+        }
+        fs::rename(&temporary, folder).map_err(|e| {
+            let _ = fs::rename(&old, folder);
+            io("publish the folder")(e)
+        })
+    };
+    if let Err(e) = swap() {
+        let _ = fs::remove_dir_all(&temporary);
+        return Err(e);
+    }
+    let _ = fs::remove_dir_all(&old);
+    sync_folder(parent)
+}
+
+/// Writes and syncs one small file.
+pub fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
+    let io = |e: std::io::Error| Error::io(path, "write", &e);
+    let mut file = File::create(path).map_err(io)?;
+    file.write_all(bytes).map_err(io)?;
+    file.sync_all().map_err(io)
+}
+
+fn sync_folder(folder: &Path) -> Result<()> {
+    File::open(folder).and_then(|f| f.sync_all()).map_err(|e| Error::io(folder, "sync the folder", &e))
+}
+
+/// Writes `config.json`, `model.safetensors` and, where its bytes are given, `vocab.tsv` into an existing folder: the body of
+/// a [`publish`].
+pub fn write_model<B: Device>(
+    dev: &B,
+    folder: &Path,
+    config: &ModelConfig,
+    layout: &Layout,
+    master: &Store<B, f32>,
+    vocabulary: Option<&[u8]>,
+) -> Result<()> {
+    let mut pretty = serde_json::to_vec_pretty(&config.to_json()).map_err(|e| Error::bug(e.to_string()))?;
+    pretty.push(b'\n');
+    write_synced(&folder.join(CONFIG), &pretty)?;
+    if let Some(bytes) = vocabulary {
+        write_synced(&folder.join(VOCABULARY), bytes)?;
+    }
+    write_store(dev, &folder.join(WEIGHTS), layout, master)
+}
+
+/// Writes every tensor of a store under its name on disk.
+pub fn write_store<B: Device, P: Parts>(
+    dev: &B,
+    path: &Path,
+    layout: &Layout<P>,
+    store: &Store<B, f32, P>,
+) -> Result<()> {
+    let buffers = P::list(P::as_ref(store.named()));
+    let mut sources = std::collections::HashMap::new();
+    let mut tensors = Vec::new();
+    for ((parameter, _), buf) in layout.list().into_iter().zip(buffers) {
+        let shape = parameter.stored_shape();
+        for (part, name) in parameter.stored_as.iter().enumerate() {
+            tensors.push(Declared::f32(name, &shape));
+            sources.insert(name.clone(), (buf, part));
+        }
+    }
+    write(path, &[("format", "pt")], tensors, |t| {
+        let (buf, part) = sources[&t.name];
+        let len = t.bytes() / 4;
+        Ok(bytemuck::cast_slice(&dev.download(buf)?[part * len..(part + 1) * len]).to_vec())
+    })
+}
+
+/// The settings of a model folder.
+pub fn read_config(folder: &Path) -> Result<ModelConfig> {
+    let path = folder.join(CONFIG);
+    let text = fs::read(&path).map_err(|e| Error::io(&path, "read the model's settings", &e))?;
+    let json: Value = serde_json::from_slice(&text).map_err(|e| {
+        Error::input("not valid JSON").at(path.display()).found(e).wanted("Hugging Face's config.json")
+    })?;
+    ModelConfig::from_json(&json, &path.display().to_string())
+}
+
+/// What a loader may change on the way in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct LoadOptions {
+    /// Give a rank-only checkpoint so many value bins; their table starts at zero, so that nothing changes at first.
+    pub value_bins: Option<usize>,
+}
+
+/// Loads a model folder (already [resolved](resolve)) onto a device.
+///
+/// # Errors
+/// Input: what `config.json` or the weights lack, have too much or have in another shape or type, by name.
+pub fn load<B: AdamW<A>, A: Act>(
+    dev: &B,
+    folder: &Path,
+    options: LoadOptions,
+) -> Result<(ModelConfig, Parameters<B, A>)> {
+    let mut config = read_config(folder)?;
+    let mut fresh_values = false;
+    if let Some(bins) = options.value_bins.filter(|bins| *bins != config.value_bins) {
+        if config.value_bins != 0 {
+            return Err(Error::input("the checkpoint has another number of value bins")
+                .at(folder.display())
+                .found(config.value_bins)
+                .wanted(bins));
+        }
+        config.value_bins = bins;
+        fresh_values = true;
+        config.check("value bins")?;
+    }
+    let file = open_weights(folder)?;
+    let mut params = Parameters::zeros(dev, &config)?;
+    check_names(&file, &params.layout().list(), fresh_values)?;
+    params.write_with(dev, |dev, master, layout| {
+        let buffers = Network::list(Network::as_mut(master.named_mut()));
+        for ((parameter, _), buf) in layout.list().into_iter().zip(buffers) {
+            if !(fresh_values && parameter.name == "value") {
+                dev.write(buf, &read_parameter(&file, parameter)?)?;
+            }
+        }
+        Ok(())
+    })?;
+    Ok((config, params))
+}
+
+fn open_weights(folder: &Path) -> Result<TensorFile> {
+    let path = folder.join(WEIGHTS);
+    if !path.exists() {
+        for (other, next) in [
+            ("pytorch_model.bin", "model.save_pretrained(folder, safe_serialization=True) in transformers"),
+            (
+                "model.safetensors.index.json",
+                "model.save_pretrained(folder, max_shard_size=\"50GB\") in transformers",
+            ),
+        ] {
+            if folder.join(other).exists() {
+                return Err(Error::input("the weights are not in one safetensors file")
+                    .at(folder.display())
+                    .found(other)
+                    .wanted(WEIGHTS)
+                    .next(next));
+            }
+        }
+    }
+    TensorFile::open(&path)
+}
+
+/// Every name that must be there is, with its shape and a type that can be read; and nothing else.
+fn check_names(
+    file: &TensorFile,
+    expected: &[&(Parameter, std::ops::Range<usize>)],
+    fresh_values: bool,
+) -> Result<()> {
+    let mut wrong = Vec::new();
+    let mut known = std::collections::HashSet::new();
+    for (parameter, _) in expected {
+        for name in &parameter.stored_as {
+            known.insert(name.as_str());
+            match file.info(name) {
+                None if fresh_values && parameter.name == "value" => {}
+                None => wrong.push(format!("missing {name} {:?}", parameter.stored_shape())),
+                Some(info) if info.shape != parameter.stored_shape() => {
+                    wrong.push(format!("{name} is {:?}, not {:?}", info.shape, parameter.stored_shape()));
+                }
+                Some(info) => {
+                    use safetensors::Dtype::{BF16, F16, F32};
+                    if ![F32, F16, BF16].contains(&info.dtype) {
+                        wrong.push(format!("{name} is {:?}, not F32, F16 or BF16", info.dtype));
+                    }
+                }
+            }
+        }
+    }
+    for name in file.names() {
+        let tied = match name.as_str() {
+            "bert.embeddings.position_ids" => continue,
+            "cls.predictions.decoder.weight" => "bert.embeddings.word_embeddings.weight",
+            "cls.predictions.decoder.bias" => "cls.predictions.bias",
+            other if known.contains(other) => continue,
+            _ => {
+                wrong.push(format!("unexpected {name}"));
+                continue;
+            }
+        };
+        if file.info(tied).is_some() && file.bytes(&name)? != file.bytes(tied)? {
+            wrong.push(format!("{name} differs from {tied}, to which it should be tied"));
+        }
+    }
+    if wrong.is_empty() {
+        return Ok(());
+    }
+    let more = wrong.len().saturating_sub(8);
+    let shown = wrong[..wrong.len() - more].join("; ");
+    let more = if more > 0 { format!("; and {more} more") } else { String::new() };
+    Err(Error::input("the tensors are not those of the model that config.json describes")
+        .at(file.path().display())
+        .found(format!("{shown}{more}"))
+        .wanted("a BertForMaskedLM of the sizes in config.json"))
+}
+
+fn read_parameter(file: &TensorFile, parameter: &Parameter) -> Result<Vec<f32>> {
+    let mut values = Vec::with_capacity(parameter.len());
+    for name in &parameter.stored_as {
+        values.append(&mut file.floats(name, &parameter.stored_shape())?);
+    }
+    Ok(values)
+}
+
+/// Writes a fine-tuned classifier beside a model: the body of a [`publish`]. `labels` (K) are the class names in order.
+pub fn write_classifier<B: Device>(
+    dev: &B,
+    folder: &Path,
+    layout: &Layout<Classification>,
+    classifier: &Store<B, f32, Classification>,
+    labels: &[String],
+    label_column: &str,
+) -> Result<()> {
+    let json = json!({"label": label_column, "classes": labels});
+    write_synced(&folder.join(CLASSES), format!("{json:#}\n").as_bytes())?;
+    write_store(dev, &folder.join(CLASSIFIER), layout, classifier)
+}
+
+/// A fine-tuned classifier on the host.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LoadedClassifier {
+    /// (K, D) and (K).
+    pub weights: Classifier<Vec<f32>>,
+    /// (K) class names.
+    pub labels: Vec<String>,
+    /// The obs column they came from.
+    pub label_column: String,
+}
+
+/// The classifier beside a model, if the model was fine-tuned.
+pub fn read_classifier(folder: &Path, width: usize) -> Result<Option<LoadedClassifier>> {
+    let path = folder.join(CLASSES);
+    if !path.exists() {
+        return Ok(None);
+    }
+    let text = fs::read(&path).map_err(|e| Error::io(&path, "read the class names", &e))?;
+    let bad = |found: String| Error::input("the class names cannot be read").at(path.display()).found(found);
+    let json: Value = serde_json::from_slice(&text).map_err(|e| bad(e.to_string()))?;
+    let labels: Vec<String> =
+        serde_json::from_value(json["classes"].clone()).map_err(|e| bad(format!("classes: {e}")))?;
+    let label_column = json["label"].as_str().ok_or_else(|| bad("no label column".into()))?.to_string();
+    let file = TensorFile::open(&folder.join(CLASSIFIER))?;
+    let weights = Classifier {
+        weight: file.floats("classifier.weight", &[labels.len(), width])?,
+        bias: file.floats("classifier.bias", &[labels.len()])?,
+    };
+    Ok(Some(LoadedClassifier { weights, labels, label_column }))
+}
+
+/// What a checkpoint is, for `inspect`.
+pub fn describe(path: &Path) -> Result<Value> {
+    let folder = resolve(path)?;
+    let config = read_config(&folder)?;
+    let file = open_weights(&folder)?;
+    let layout = Layout::network(&config);
+    check_names(&file, &layout.list(), false)?;
+    let stored = fs::metadata(file.path()).map_err(|e| Error::io(file.path(), "read the size", &e))?.len();
+    let classifier = read_classifier(&folder, config.width)?;
+    let mut finite = true;
+    for (parameter, _) in layout.list() {
+        finite &= read_parameter(&file, parameter)?.iter().all(|x| x.is_finite());
+    }
+    Ok(json!({
+        "kind": "checkpoint",
+        "folder": folder.display().to_string(),
+        "parameters": layout.parameters(),
+        "tensors": file.names().len(),
+        "bytes": stored,
+        "finite": finite,
+        "config": config.to_json(),
+        "vocabulary_digest": config.vocabulary.digest,
+        "has_vocabulary_file": folder.join(VOCABULARY).is_file(),
+        "classes": classifier.map(|c| json!({"label": c.label_column, "names": c.labels})),
+    }))
+}

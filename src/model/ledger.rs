@@ -1,0 +1,98 @@
+//! Buffers by name. Every buffer of a run is asked for here, so that what `plan` prints and what a run allocates come from
+//! the same lines of code: the same constructors run over a real device, or over [`Paper`], which only counts.
+
+use crate::device::{Device, Element, Len};
+use crate::error::{Error, Result};
+use std::ops::Range;
+
+/// Hands out zeroed buffers and keeps the books.
+pub struct Ledger<'d, B> {
+    dev: &'d B,
+    entries: Vec<Entry>,
+}
+
+/// One buffer.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct Entry {
+    /// `layer.3.qkv`.
+    pub name: String,
+    /// Shape in the crate's letters: `(N, 3D)`.
+    pub shape: &'static str,
+    /// Size.
+    pub bytes: u64,
+}
+
+impl<'d, B: Device> Ledger<'d, B> {
+    /// An empty ledger over `dev`.
+    pub fn new(dev: &'d B) -> Self {
+        Ledger { dev, entries: Vec::new() }
+    }
+    /// The device.
+    pub fn dev(&self) -> &'d B {
+        self.dev
+    }
+    /// `len` zeros under a name.
+    pub fn zeros<T: Element>(
+        &mut self,
+        name: impl Into<String>,
+        shape: &'static str,
+        len: usize,
+    ) -> Result<B::Buf<T>> {
+        let buf = self.dev.zeros(len)?;
+        self.entries.push(Entry { name: name.into(), shape, bytes: (buf.len() * size_of::<T>()) as u64 });
+        Ok(buf)
+    }
+    /// What was handed out, in order.
+    pub fn entries(&self) -> &[Entry] {
+        &self.entries
+    }
+    /// Sum of all entries.
+    pub fn bytes(&self) -> u64 {
+        self.entries.iter().map(|e| e.bytes).sum()
+    }
+}
+
+/// A device that has no memory: buffers know their length alone. What `plan` runs the constructors on.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Paper;
+
+/// A buffer that exists on paper.
+pub struct PaperBuf<T> {
+    len: usize,
+    _type: std::marker::PhantomData<fn() -> T>,
+}
+
+impl<T> Len for PaperBuf<T> {
+    fn len(&self) -> usize {
+        self.len
+    }
+}
+
+fn no_memory<T>() -> Result<T> {
+    Err(Error::bug("a planned buffer has no memory"))
+}
+
+impl Device for Paper {
+    type Buf<T: Element> = PaperBuf<T>;
+    fn name(&self) -> String {
+        "paper".into()
+    }
+    fn zeros<T: Element>(&self, len: usize) -> Result<PaperBuf<T>> {
+        Ok(PaperBuf { len, _type: std::marker::PhantomData })
+    }
+    fn write<T: Element>(&self, _: &mut PaperBuf<T>, _: &[T]) -> Result<()> {
+        no_memory()
+    }
+    fn read<T: Element>(&self, _: &PaperBuf<T>, _: &mut [T]) -> Result<()> {
+        no_memory()
+    }
+    fn clear<T: Element>(&self, _: &mut PaperBuf<T>) -> Result<()> {
+        no_memory()
+    }
+    fn copy<T: Element>(&self, _: &PaperBuf<T>, _: &mut PaperBuf<T>, _: usize) -> Result<()> {
+        no_memory()
+    }
+    unsafe fn part<T: Element>(&self, _: &PaperBuf<T>, range: Range<usize>) -> PaperBuf<T> {
+        PaperBuf { len: range.len(), _type: std::marker::PhantomData }
+    }
+}
