@@ -5,9 +5,11 @@
 //! One CSR throughout: `cell_start` (C+1) over packed `gene` (N), on disk as in a batch.
 
 pub mod batch;
+mod faults;
 pub mod format;
 pub mod reader;
 pub mod sampler;
+mod shard;
 pub mod splits;
 pub mod writer;
 

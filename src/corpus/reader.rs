@@ -1,8 +1,15 @@
-//! Maps a corpus into memory.
+//! Maps a corpus into memory: cells by index, without a copy.
+//!
+//! Opening checks what every later read relies on (see `shard`); the genes of a cell are then two loads and a slice. All the
+//! shards lie side by side under one cell index, 0 up to [`Corpus::cells`], in packing order.
 
-use super::format::Manifest;
-use crate::error::{Error, Result};
+use super::format::*;
+use super::shard::Shard;
+use crate::error::{Error, Result, nearest};
 use half::f16;
+use rayon::prelude::*;
+use sha2::{Digest, Sha256};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 /// The gene ids of a cell, in rank order, borrowed from the map.
@@ -61,13 +68,47 @@ pub struct Categorical {
 pub struct Corpus {
     root: PathBuf,
     manifest: Manifest,
+    shards: Vec<Shard>,
+    /// First cell of each shard, and the number of cells at the end (shards + 1).
+    first_cell: Vec<usize>,
+    /// Does the corpus outgrow half of this machine's memory, so that pages once read are likely to be gone?
+    outgrows_memory: bool,
 }
 
+/// A manifest larger than this is refused before it is read.
+const MANIFEST_MAX_BYTES: u64 = 1 << 30;
+
 impl Corpus {
-    /// Opens and checks the folder at `path`.
+    /// Opens and checks the folder at `path`. Errors are of kind input and name the file.
     pub fn open(path: &Path) -> Result<Corpus> {
-        Err(Error::bug("the corpus reader is not written yet").at(path.display()))
+        if !path.is_dir() {
+            return Err(Error::input(if path.exists() {
+                "a corpus is a folder, this is a file"
+            } else {
+                "no such corpus"
+            })
+            .at(path.display())
+            .wanted("a folder NAME.cells with corpus.json in it")
+            .next("make one with `cellrefine pack IN.h5ad --vocab V.tsv --out NAME.cells`"));
+        }
+        let manifest = read_manifest(path)?;
+        let shards: Vec<Result<Shard>> =
+            manifest.shards.par_iter().map(|entry| Shard::open(path, entry, &manifest)).collect();
+        let shards = shards.into_iter().collect::<Result<Vec<_>>>()?;
+        let mut first_cell = vec![0];
+        for s in &shards {
+            first_cell.push(first_cell[first_cell.len() - 1] + s.cells);
+        }
+        let bytes: u64 = manifest.shards.iter().map(|s| s.bytes).sum();
+        Ok(Corpus {
+            root: path.into(),
+            outgrows_memory: bytes > physical_memory_bytes() / 2,
+            manifest,
+            shards,
+            first_cell,
+        })
     }
+
     /// The folder.
     pub fn path(&self) -> &Path {
         &self.root
@@ -88,47 +129,209 @@ impl Corpus {
     pub fn digest(&self) -> &str {
         &self.manifest.digest
     }
-    /// Bytes of the vocabulary file that travels with the corpus; an error where none does.
+
+    /// Bytes of the vocabulary file that travels with the corpus; an error where none does or its digest differs.
     pub fn vocab_file(&self) -> Result<Vec<u8>> {
-        Err(Error::bug("the corpus reader is not written yet"))
+        let path = self.root.join(VOCAB);
+        let Some(wanted) = &self.manifest.vocab_sha256 else {
+            return Err(Error::input("this corpus was packed without its vocabulary file")
+                .at(self.root.display())
+                .next("pack it again with --vocab V.tsv"));
+        };
+        let bytes = std::fs::read(&path).map_err(|e| {
+            Error::io(&path, "read the corpus's vocabulary", &e).next("copy the folder again")
+        })?;
+        let found = hex(&Sha256::digest(&bytes));
+        if found != *wanted {
+            return Err(Error::input("the corpus's vocabulary file was changed")
+                .at(path.display())
+                .found(found)
+                .wanted(wanted)
+                .next("copy the corpus folder again"));
+        }
+        Ok(bytes)
     }
-    /// Reads everything and checks every checksum and digest.
+
+    /// Reads everything and checks every block, every digest and every text. `progress` is called with bytes done.
+    pub fn verify_with(&self, progress: &(dyn Fn(u64) + Sync)) -> Result<()> {
+        if self.manifest.vocab_sha256.is_some() {
+            self.vocab_file()?;
+        }
+        for (shard, entry) in self.shards.iter().zip(&self.manifest.shards) {
+            let failed: Vec<Error> = (0..shard.blocks())
+                .into_par_iter()
+                .filter_map(|b| {
+                    progress(BLOCK_BYTES as u64);
+                    shard.prove_block(b).err()
+                })
+                .collect();
+            if let Some(first) = failed.first() {
+                let more = failed.len() - 1;
+                return Err(if more == 0 {
+                    first.clone()
+                } else {
+                    first.clone().next(format!(
+                        "copy the shard again, or pack it again ({more} more damaged blocks in it)"
+                    ))
+                });
+            }
+            let sha256 = shard.sha256();
+            if sha256 != entry.sha256 {
+                return Err(Error::input("the shard's digest differs from the manifest's")
+                    .at(shard.path().display())
+                    .found(sha256)
+                    .wanted(&entry.sha256)
+                    .next("copy the shard again, or pack it again"));
+            }
+            for cell in 0..shard.cells {
+                shard.cell_id(cell)?;
+            }
+        }
+        for column in &self.manifest.columns {
+            if column.kind == ObsKind::Categorical {
+                self.categorical(&column.name)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads everything and checks every block, every digest and every text.
     pub fn verify(&self) -> Result<()> {
-        Err(Error::bug("the corpus reader is not written yet"))
+        self.verify_with(&|_| ())
     }
+
+    /// The shard of `cell` and its index there.
+    #[inline]
+    pub(super) fn locate(&self, cell: usize) -> (&Shard, usize) {
+        assert!(cell < self.cells(), "cell {cell} of {}", self.cells());
+        let s = if self.shards.len() == 1 { 0 } else { self.first_cell.partition_point(|&f| f <= cell) - 1 };
+        (&self.shards[s], cell - self.first_cell[s])
+    }
+
     /// Number of genes of `cell`. Panics where `cell` is not below [`Corpus::cells`], as all per-cell calls do.
     #[inline]
     pub fn len_of(&self, cell: usize) -> usize {
-        let _ = cell;
-        0
+        let (shard, i) = self.locate(cell);
+        let starts = shard.starts();
+        (starts[i + 1] - starts[i]) as usize
     }
+
     /// The genes of `cell`. The error is a failed checksum, found on the first touch of the bytes.
     #[inline]
     pub fn genes(&self, cell: usize) -> Result<Genes<'_>> {
-        let _ = cell;
-        Err(Error::bug("the corpus reader is not written yet"))
+        let (shard, i) = self.locate(cell);
+        let span = shard.gene_span(i);
+        Ok(if self.manifest.vocabulary.narrow() {
+            Genes::U16(shard.read(span)?)
+        } else {
+            Genes::U32(shard.read(span)?)
+        })
     }
+
     /// The values of `cell`, parallel to its genes; `None` where the corpus stores none.
+    #[inline]
     pub fn values(&self, cell: usize) -> Result<Option<&[f16]>> {
-        let _ = cell;
-        Err(Error::bug("the corpus reader is not written yet"))
+        let (shard, i) = self.locate(cell);
+        shard.value_span(i).map(|span| shard.read(span)).transpose()
     }
+
     /// Total count of `cell` over all genes of its source.
     pub fn total_count(&self, cell: usize) -> Result<f32> {
-        let _ = cell;
-        Err(Error::bug("the corpus reader is not written yet"))
+        let (shard, i) = self.locate(cell);
+        shard.total_count(i)
     }
+
+    /// Total counts of all cells (C).
+    pub fn total_counts(&self) -> Result<Vec<f32>> {
+        let mut all = Vec::with_capacity(self.cells());
+        for s in &self.shards {
+            all.extend_from_slice(s.total_counts()?);
+        }
+        Ok(all)
+    }
+
     /// Name of `cell` in its source.
     pub fn cell_id(&self, cell: usize) -> Result<&str> {
-        let _ = cell;
-        Err(Error::bug("the corpus reader is not written yet"))
+        let (shard, i) = self.locate(cell);
+        shard.cell_id(i)
     }
+
+    fn column(&self, name: &str, kind: ObsKind) -> Result<usize> {
+        let columns = &self.manifest.columns;
+        let Some(at) = columns.iter().position(|c| c.name == name) else {
+            let names: Vec<&str> = columns.iter().map(|c| c.name.as_str()).collect();
+            let e = Error::input(format!("the corpus has no obs column {name:?}"))
+                .at(self.root.display())
+                .found(if names.is_empty() { "no columns".to_string() } else { names.join(", ") });
+            return Err(match nearest(name, names) {
+                Some(near) => e.next(format!("did you mean {near:?}?")),
+                None => e.next(format!("pack the corpus again with --obs {name}")),
+            });
+        };
+        if columns[at].kind != kind {
+            let word = |k| if k == ObsKind::Categorical { "categorical" } else { "numeric" };
+            return Err(Error::input(format!("obs column {name:?} is {}", word(columns[at].kind)))
+                .at(self.root.display())
+                .wanted(format!("a {} column", word(kind)))
+                .next("name another column; `cellrefine inspect` lists them"));
+        }
+        Ok(at)
+    }
+
     /// The categorical column `column`; where it is absent the error lists the columns and the nearest name.
     pub fn categorical(&self, column: &str) -> Result<Categorical> {
-        Err(Error::bug("the corpus reader is not written yet").at(column))
+        let at = self.column(column, ObsKind::Categorical)?;
+        let categories = self.manifest.columns[at].categories.clone();
+        let mut codes = Vec::with_capacity(self.cells());
+        for s in &self.shards {
+            s.codes_into(at, categories.len(), &mut codes)?;
+        }
+        Ok(Categorical { codes, categories })
     }
+
     /// The numeric column `column`; NaN is missing.
     pub fn numeric(&self, column: &str) -> Result<Vec<f64>> {
-        Err(Error::bug("the corpus reader is not written yet").at(column))
+        let at = self.column(column, ObsKind::Numeric)?;
+        let mut numbers = Vec::with_capacity(self.cells());
+        for s in &self.shards {
+            numbers.extend_from_slice(s.obs::<f64>(at)?);
+        }
+        Ok(numbers)
     }
+
+    /// Asks the kernel for the pages of these cells ahead of their use. Cells in blocks that were read before cost two loads and
+    /// no system call, unless the corpus outgrows memory.
+    pub fn will_need(&self, cells: &[u32]) {
+        for &cell in cells {
+            let (shard, i) = self.locate(cell as usize);
+            for span in [Some(shard.gene_span(i)), shard.value_span(i)].into_iter().flatten() {
+                if !span.is_empty() && (self.outgrows_memory || !shard.is_proved(&span)) {
+                    shard.will_need(&span);
+                }
+            }
+        }
+    }
+}
+
+/// Reads and checks `corpus.json` of the folder at `root`.
+pub fn read_manifest(root: &Path) -> Result<Manifest> {
+    let path = root.join(MANIFEST);
+    let mut bytes = Vec::new();
+    let read =
+        std::fs::File::open(&path).and_then(|f| f.take(MANIFEST_MAX_BYTES + 1).read_to_end(&mut bytes));
+    read.map_err(|e| {
+        Error::io(&path, "read the corpus manifest", &e)
+            .wanted("a folder that `cellrefine pack` wrote")
+            .next("check the path; an interrupted pack leaves no corpus behind")
+    })?;
+    if bytes.len() as u64 > MANIFEST_MAX_BYTES {
+        return Err(Error::input("the corpus manifest is larger than 1 GiB").at(path.display()));
+    }
+    Manifest::parse(&bytes, &path.display().to_string())
+}
+
+fn physical_memory_bytes() -> u64 {
+    // SAFETY: `sysconf` reads two constants of the system.
+    let (pages, page) = unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
+    pages.max(0) as u64 * page.max(0) as u64
 }

@@ -1,9 +1,18 @@
-//! Writes a corpus.
+//! Writes a corpus, shard by shard, and publishes it whole.
+//!
+//! Everything is written into a hidden folder beside the target (`.NAME.cells.partial`, locked against a second writer), flushed
+//! to the disk, and renamed: under the final name there is a complete corpus or nothing. The tokens of the open shard go to a
+//! spool file, since a safetensors header needs their number before their bytes; memory is bounded by the per-cell columns of
+//! one shard. The bytes depend on the cells and the options alone.
 
-use super::format::{Manifest, ObsKind, VocabIdentity};
-use crate::error::{Error, Result};
+use super::format::*;
+use crate::error::{Error, Kind, Result};
 use half::f16;
-use std::path::Path;
+use sha2::{Digest, Sha256};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs::{self, File, OpenOptions};
+use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
 
 /// An obs column to store.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,7 +41,8 @@ pub struct CorpusOptions {
 }
 
 impl CorpusOptions {
-    /// Default cells in a shard.
+    /// Default cells in a shard: about 150 MB of tokens, so that a lost shard is cheap to make again and 100 million cells make
+    /// 1,500 files.
     pub const SHARD_CELLS: usize = 65_536;
 }
 
@@ -50,7 +60,7 @@ pub enum ObsValue<'a> {
 /// One cell to store.
 #[derive(Debug, Clone, Copy)]
 pub struct CellRecord<'a> {
-    /// The cell's name in its source.
+    /// The cell's name in its source; one line of text.
     pub id: &'a str,
     /// Gene ids in rank order, best first, without special tokens.
     pub gene: &'a [u32],
@@ -62,25 +72,525 @@ pub struct CellRecord<'a> {
     pub obs: &'a [ObsValue<'a>],
 }
 
-/// Writes cells in order; nothing appears under the final name before [`CorpusWriter::finish`].
+/// Writes cells in order; nothing appears under the final name before [`CorpusWriter::finish`]. Dropped unfinished, it removes
+/// what it wrote.
 #[derive(Debug)]
-pub struct CorpusWriter {}
+pub struct CorpusWriter {
+    folder: PartialFolder,
+    options: CorpusOptions,
+    vocab_sha256: Option<String>,
+    open: OpenShard,
+    done: Vec<ShardEntry>,
+    /// Category names over all shards, by column.
+    categories: Vec<BTreeSet<String>>,
+    cells: u64,
+}
 
 impl CorpusWriter {
-    /// Starts a corpus at `out`, which must not exist.
-    pub fn create(out: &Path, options: CorpusOptions) -> Result<Self> {
-        let _ = (out, options);
-        Err(Error::bug("the corpus writer is not written yet"))
+    /// Starts a corpus at `out`, which must not exist. A second writer on the same target is refused; what a killed one left
+    /// behind is removed.
+    pub fn create(out: &Path, mut options: CorpusOptions) -> Result<Self> {
+        if options.shard_cells == 0 {
+            options.shard_cells = CorpusOptions::SHARD_CELLS;
+        }
+        for (i, o) in options.obs.iter().enumerate() {
+            if options.obs[..i].iter().any(|p| p.name == o.name) {
+                return Err(Error::usage(format!("obs column {:?} is asked for twice", o.name)));
+            }
+        }
+        let folder = PartialFolder::create(out)?;
+        let vocab_sha256 = match &options.vocab_file {
+            Some(bytes) => {
+                folder.write_file(VOCAB, bytes)?;
+                Some(hex(&Sha256::digest(bytes)))
+            }
+            None => None,
+        };
+        let open = OpenShard::new(&folder, &options)?;
+        let categories = vec![BTreeSet::new(); options.obs.len()];
+        Ok(CorpusWriter { folder, options, vocab_sha256, open, done: Vec::new(), categories, cells: 0 })
     }
 
-    /// Adds a cell.
+    /// Adds a cell. Errors (kind input) name the cell; the corpus is then unfinished and vanishes when dropped.
     pub fn push(&mut self, cell: &CellRecord<'_>) -> Result<()> {
-        let _ = cell;
-        Err(Error::bug("the corpus writer is not written yet"))
+        self.check(cell)?;
+        if self.open.cells() == self.options.shard_cells {
+            self.close_shard()?;
+        }
+        self.cells += 1;
+        self.open.push(cell).map_err(|e| self.folder.failed("write cells", &e))
+    }
+
+    fn check(&self, cell: &CellRecord<'_>) -> Result<()> {
+        let bad = |what: &str| Error::input(what).at(format!("cell {} ({:?})", self.cells, cell.id));
+        let o = &self.options;
+        if let Some(&g) = cell.gene.iter().find(|&&g| g as usize >= o.vocab.len) {
+            return Err(bad("a gene id is outside the vocabulary")
+                .found(g)
+                .wanted(format!("ids below {}", o.vocab.len)));
+        }
+        match cell.value {
+            Some(v) if !o.values || v.len() != cell.gene.len() => {
+                return Err(bad("values do not fit the cell").found(v.len()).wanted(if o.values {
+                    cell.gene.len()
+                } else {
+                    0
+                }));
+            }
+            Some(v) if v.iter().any(|x| !x.is_finite()) => return Err(bad("a value is not finite")),
+            None if o.values => return Err(bad("the corpus stores values, this cell has none")),
+            _ => {}
+        }
+        if cell.id.contains(['\n', '\r', '\0']) {
+            return Err(bad("a cell name must be one line of text"));
+        }
+        if !cell.total_count.is_finite() || cell.total_count < 0.0 {
+            return Err(bad("the total count is not a count").found(cell.total_count));
+        }
+        if self.cells >= u32::MAX as u64 {
+            return Err(bad("too many cells for one corpus").wanted(u32::MAX));
+        }
+        let fits = |(spec, value): (&ObsSpec, &ObsValue<'_>)| {
+            matches!(
+                (spec.kind, value),
+                (_, ObsValue::Missing)
+                    | (ObsKind::Categorical, ObsValue::Category(_))
+                    | (ObsKind::Numeric, ObsValue::Number(_))
+            )
+        };
+        if cell.obs.len() != o.obs.len() || !o.obs.iter().zip(cell.obs).all(fits) {
+            return Err(Error::bug("obs values do not fit the columns of the corpus")
+                .at(format!("cell {}", self.cells))
+                .found(format!("{:?}", cell.obs))
+                .wanted(format!("{:?}", o.obs)));
+        }
+        Ok(())
+    }
+
+    fn close_shard(&mut self) -> Result<()> {
+        let file = shard_name(self.done.len());
+        let entry = self.open.close(&self.folder, file, &self.options, &mut self.categories)?;
+        self.done.push(entry);
+        Ok(())
     }
 
     /// Closes the last shard, writes the manifest and publishes the folder under its final name.
-    pub fn finish(self) -> Result<Manifest> {
-        Err(Error::bug("the corpus writer is not written yet"))
+    pub fn finish(mut self) -> Result<Manifest> {
+        if self.open.cells() > 0 {
+            self.close_shard()?;
+        }
+        let columns = (self.options.obs.iter().zip(&mut self.categories))
+            .map(|(o, names)| Column {
+                name: o.name.clone(),
+                kind: o.kind,
+                categories: std::mem::take(names).into_iter().collect(),
+            })
+            .collect();
+        let manifest = Manifest::seal(
+            self.options.vocab.clone(),
+            self.vocab_sha256.take(),
+            self.options.values,
+            columns,
+            std::mem::take(&mut self.done),
+            self.options.provenance.clone(),
+        );
+        self.folder.write_file(MANIFEST, &manifest.to_bytes())?;
+        self.folder.publish()?;
+        Ok(manifest)
+    }
+}
+
+/// An obs column of the open shard.
+#[derive(Debug)]
+enum ObsBuffer {
+    Numeric(Vec<f64>),
+    /// Codes by first appearance; sorted names replace them when the shard closes.
+    Categorical {
+        codes: Vec<i32>,
+        code_of: HashMap<String, i32>,
+    },
+}
+
+/// The shard being filled: per-cell columns in memory, tokens in spool files.
+#[derive(Debug)]
+struct OpenShard {
+    narrow: bool,
+    cell_start: Vec<u64>,
+    cell_id_start: Vec<u64>,
+    cell_id: Vec<u8>,
+    total_count: Vec<f32>,
+    obs: Vec<ObsBuffer>,
+    gene: Spool,
+    value: Option<Spool>,
+    /// Bytes of one cell's genes in their stored width.
+    narrowed: Vec<u16>,
+}
+
+impl OpenShard {
+    fn new(folder: &PartialFolder, options: &CorpusOptions) -> Result<Self> {
+        Ok(OpenShard {
+            narrow: options.vocab.narrow(),
+            cell_start: vec![0],
+            cell_id_start: vec![0],
+            cell_id: Vec::new(),
+            total_count: Vec::new(),
+            obs: options
+                .obs
+                .iter()
+                .map(|o| match o.kind {
+                    ObsKind::Numeric => ObsBuffer::Numeric(Vec::new()),
+                    ObsKind::Categorical => {
+                        ObsBuffer::Categorical { codes: Vec::new(), code_of: HashMap::new() }
+                    }
+                })
+                .collect(),
+            gene: Spool::create(folder, "gene.spool")?,
+            value: if options.values { Some(Spool::create(folder, "value.spool")?) } else { None },
+            narrowed: Vec::new(),
+        })
+    }
+
+    fn cells(&self) -> usize {
+        self.total_count.len()
+    }
+
+    fn push(&mut self, cell: &CellRecord<'_>) -> std::io::Result<()> {
+        if self.narrow {
+            self.narrowed.clear();
+            self.narrowed.extend(cell.gene.iter().map(|&g| g as u16));
+            self.gene.write(bytemuck::cast_slice(&self.narrowed))?;
+        } else {
+            self.gene.write(bytemuck::cast_slice(cell.gene))?;
+        }
+        if let (Some(spool), Some(value)) = (&mut self.value, cell.value) {
+            spool.write(bytemuck::cast_slice(value))?;
+        }
+        self.cell_start.push(self.cell_start[self.cells()] + cell.gene.len() as u64);
+        self.cell_id.extend_from_slice(cell.id.as_bytes());
+        self.cell_id_start.push(self.cell_id.len() as u64);
+        self.total_count.push(cell.total_count);
+        for (buffer, value) in self.obs.iter_mut().zip(cell.obs) {
+            match buffer {
+                ObsBuffer::Numeric(numbers) => numbers.push(match value {
+                    ObsValue::Number(x) => *x,
+                    _ => f64::NAN,
+                }),
+                ObsBuffer::Categorical { codes, code_of } => codes.push(match value {
+                    ObsValue::Category(name) => match code_of.get(*name) {
+                        Some(&code) => code,
+                        None => {
+                            let code = code_of.len() as i32;
+                            code_of.insert(name.to_string(), code);
+                            code
+                        }
+                    },
+                    _ => -1,
+                }),
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes the shard file and empties the buffers for the next one.
+    fn close(
+        &mut self,
+        folder: &PartialFolder,
+        file: String,
+        options: &CorpusOptions,
+        union: &mut [BTreeSet<String>],
+    ) -> Result<ShardEntry> {
+        let (cells, tokens) = (self.cells() as u64, self.cell_start[self.cells()]);
+        let mut categories = BTreeMap::new();
+        for ((buffer, spec), union) in self.obs.iter_mut().zip(&options.obs).zip(union) {
+            if let ObsBuffer::Categorical { codes, code_of } = buffer {
+                let names = sort_codes(codes, std::mem::take(code_of));
+                union.extend(names.iter().cloned());
+                categories.insert(spec.name.clone(), names);
+            }
+        }
+        let columns: Vec<Column> = (options.obs.iter())
+            .map(|o| Column { name: o.name.clone(), kind: o.kind, categories: Vec::new() })
+            .collect();
+        let mut specs: Vec<(TensorSpec, u64)> = tensors(&columns, self.narrow, options.values, cells, tokens)
+            .into_iter()
+            .map(|t| {
+                let len = t.len.unwrap_or(0);
+                (t, len)
+            })
+            .collect();
+        // Names are padded so that the checksum table behind them is aligned.
+        let before: u64 = specs.iter().map(|(t, n)| n * element_bytes(t.dtype)).sum();
+        let payload = (before + self.cell_id.len() as u64).next_multiple_of(8);
+        self.cell_id.resize((payload - before) as usize, 0);
+        let [.., (_, names), (_, table)] = &mut specs[..] else { unreachable!("a shard has tensors") };
+        *names = payload - before;
+        *table = payload.div_ceil(BLOCK_BYTES as u64);
+        let metadata = ShardMetadata { vocab_digest: options.vocab.digest.clone(), categories };
+
+        let path = folder.path.join(&file);
+        let mut assemble = || -> std::io::Result<(File, Sums)> {
+            let mut out = SummingWriter::create(&path)?;
+            out.frame(&shard_header(&metadata, &specs))?;
+            out.payload(bytemuck::cast_slice(&self.cell_start))?;
+            out.payload(bytemuck::cast_slice(&self.cell_id_start))?;
+            for buffer in &self.obs {
+                if let ObsBuffer::Numeric(numbers) = buffer {
+                    out.payload(bytemuck::cast_slice(numbers))?;
+                }
+            }
+            out.payload(bytemuck::cast_slice(&self.total_count))?;
+            for buffer in &self.obs {
+                if let ObsBuffer::Categorical { codes, .. } = buffer {
+                    out.payload(bytemuck::cast_slice(codes))?;
+                }
+            }
+            self.gene.drain(&mut out)?;
+            if let Some(value) = &mut self.value {
+                value.drain(&mut out)?;
+            }
+            out.payload(&self.cell_id)?;
+            out.finish()
+        };
+        let (written, sums) = assemble().map_err(|e| folder.failed("write a shard", &e))?;
+        written.sync_all().map_err(|e| folder.failed("flush a shard to the disk", &e))?;
+
+        self.cell_start.truncate(1);
+        self.cell_id_start.truncate(1);
+        self.cell_id.clear();
+        self.total_count.clear();
+        for buffer in &mut self.obs {
+            match buffer {
+                ObsBuffer::Numeric(numbers) => numbers.clear(),
+                ObsBuffer::Categorical { codes, .. } => codes.clear(),
+            }
+        }
+        Ok(ShardEntry {
+            file,
+            cells,
+            tokens,
+            bytes: sums.bytes,
+            sha256: sums.sha256,
+            frame_crc32c: sums.frame_crc32c,
+        })
+    }
+}
+
+/// Replaces codes by first appearance with codes into the sorted names, which it returns.
+fn sort_codes(codes: &mut [i32], code_of: HashMap<String, i32>) -> Vec<String> {
+    let mut names: Vec<(String, i32)> = code_of.into_iter().collect();
+    names.sort();
+    let mut sorted_code = vec![0; names.len()];
+    for (new, (_, old)) in names.iter().enumerate() {
+        sorted_code[*old as usize] = new as i32;
+    }
+    for code in codes.iter_mut().filter(|c| **c >= 0) {
+        *code = sorted_code[*code as usize];
+    }
+    names.into_iter().map(|(name, _)| name).collect()
+}
+
+/// A temporary file for one stream of the open shard.
+#[derive(Debug)]
+struct Spool(BufWriter<File>);
+
+impl Spool {
+    fn create(folder: &PartialFolder, name: &str) -> Result<Self> {
+        let path = folder.path.join(name);
+        let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path);
+        let file = file.map_err(|e| folder.failed("create a spool file", &e))?;
+        Ok(Spool(BufWriter::with_capacity(1 << 20, file)))
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        self.0.write_all(bytes)
+    }
+
+    /// Moves everything into `out` and starts again from nothing.
+    fn drain(&mut self, out: &mut SummingWriter) -> std::io::Result<()> {
+        self.0.flush()?;
+        let file = self.0.get_mut();
+        file.seek(SeekFrom::Start(0))?;
+        let mut chunk = vec![0; 1 << 20];
+        loop {
+            match file.read(&mut chunk)? {
+                0 => break,
+                n => out.payload(&chunk[..n])?,
+            }
+        }
+        file.seek(SeekFrom::Start(0))?;
+        file.set_len(0)
+    }
+}
+
+/// What a finished shard file is known by.
+struct Sums {
+    bytes: u64,
+    sha256: String,
+    frame_crc32c: u32,
+}
+
+/// Writes a shard while summing it: SHA-256 of all, a CRC per payload block, one CRC for the rest.
+struct SummingWriter {
+    file: BufWriter<File>,
+    sha: Sha256,
+    bytes: u64,
+    frame: u32,
+    blocks: Vec<u32>,
+    /// Bytes in the unfinished last block.
+    fill: usize,
+}
+
+impl SummingWriter {
+    fn create(path: &Path) -> std::io::Result<Self> {
+        let file = OpenOptions::new().write(true).create_new(true).open(path)?;
+        let file = BufWriter::with_capacity(1 << 20, file);
+        Ok(SummingWriter {
+            file,
+            sha: Sha256::new(),
+            bytes: 0,
+            frame: 0,
+            blocks: Vec::new(),
+            fill: BLOCK_BYTES,
+        })
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        self.sha.update(bytes);
+        self.bytes += bytes.len() as u64;
+        self.file.write_all(bytes)
+    }
+
+    fn frame(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        self.frame = crc32c::crc32c_append(self.frame, bytes);
+        self.write(bytes)
+    }
+
+    fn payload(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            if self.fill == BLOCK_BYTES {
+                self.blocks.push(0);
+                self.fill = 0;
+            }
+            let (now, later) = rest.split_at(rest.len().min(BLOCK_BYTES - self.fill));
+            let crc = self.blocks.last_mut().expect("a block was opened");
+            *crc = crc32c::crc32c_append(*crc, now);
+            self.fill += now.len();
+            rest = later;
+        }
+        self.write(bytes)
+    }
+
+    fn finish(mut self) -> std::io::Result<(File, Sums)> {
+        let table = std::mem::take(&mut self.blocks);
+        self.frame(bytemuck::cast_slice(&table))?;
+        let sums = Sums { bytes: self.bytes, sha256: hex(&self.sha.finalize()), frame_crc32c: self.frame };
+        let file = self.file.into_inner().map_err(|e| e.into_error())?;
+        Ok((file, sums))
+    }
+}
+
+/// The hidden folder that becomes the corpus. Removed on drop unless published.
+#[derive(Debug)]
+pub(super) struct PartialFolder {
+    pub path: PathBuf,
+    target: PathBuf,
+    /// Held while writing; a dead writer's lock is free.
+    _lock: File,
+    published: bool,
+}
+
+const LOCK: &str = "writer.lock";
+
+impl PartialFolder {
+    pub fn create(target: &Path) -> Result<Self> {
+        let name = target.file_name().ok_or_else(|| {
+            Error::usage("the corpus needs a name").at(target.display()).wanted("a path such as NAME.cells")
+        })?;
+        if target.symlink_metadata().is_ok() {
+            return Err(Error::usage("the output exists already")
+                .at(target.display())
+                .next("choose another --out, or remove it first"));
+        }
+        let path = target.with_file_name(format!(".{}.partial", name.to_string_lossy()));
+        if let Err(e) = fs::create_dir(&path)
+            && e.kind() != std::io::ErrorKind::AlreadyExists
+        {
+            return Err(Error::io(&path, "create the folder of the corpus", &e)
+                .next("create the parent folder first, or choose another --out"));
+        }
+        let lock_path = path.join(LOCK);
+        let io = |e: std::io::Error| Error::io(&lock_path, "lock the unfinished corpus", &e);
+        let mut lock = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&lock_path)
+            .map_err(io)?;
+        if lock.try_lock().is_err() {
+            let mut holder = String::new();
+            let _ = lock.read_to_string(&mut holder);
+            return Err(Error::environment("another process is writing this corpus")
+                .at(target.display())
+                .found(holder.trim())
+                .next("wait for it, or choose another --out"));
+        }
+        // Held by no one: whatever else is here, a killed writer left.
+        for entry in fs::read_dir(&path).map_err(io)? {
+            let entry = entry.map_err(io)?;
+            if entry.file_name() != LOCK {
+                fs::remove_file(entry.path()).map_err(io)?;
+            }
+        }
+        lock.set_len(0).map_err(io)?;
+        write!(lock, "process {}", std::process::id()).map_err(io)?;
+        Ok(PartialFolder { path, target: target.into(), _lock: lock, published: false })
+    }
+
+    /// Writes a small file and flushes it to the disk.
+    pub fn write_file(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        let write = || {
+            let mut file = File::create(self.path.join(name))?;
+            file.write_all(bytes)?;
+            file.sync_all()
+        };
+        write().map_err(|e| self.failed(&format!("write {name}"), &e))
+    }
+
+    pub fn failed(&self, doing: &str, e: &std::io::Error) -> Error {
+        let error = Error::io(&self.path, doing, e);
+        if error.kind() == Kind::Environment {
+            error.next("free disk space, or write to another disk; nothing was left under the final name")
+        } else {
+            error
+        }
+    }
+
+    /// Flushes the folder and renames it to its final name.
+    pub fn publish(mut self) -> Result<()> {
+        let run = || {
+            for name in ["gene.spool", "value.spool", LOCK] {
+                match fs::remove_file(self.path.join(name)) {
+                    Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
+                    _ => {}
+                }
+            }
+            File::open(&self.path)?.sync_all()?;
+            fs::rename(&self.path, &self.target)?;
+            let parent = self.target.parent().filter(|p| !p.as_os_str().is_empty());
+            File::open(parent.unwrap_or(Path::new(".")))?.sync_all()
+        };
+        run().map_err(|e| self.failed("publish the corpus under its final name", &e))?;
+        self.published = true;
+        Ok(())
+    }
+}
+
+impl Drop for PartialFolder {
+    fn drop(&mut self) {
+        if !self.published {
+            let _ = fs::remove_dir_all(&self.path);
+        }
     }
 }
