@@ -1,24 +1,21 @@
-//! Linear layer, plain.
+//! Linear layer: three matrix products ([`crate::cpu::gemm`]) whose epilogues do the rest. Formula in [`crate::ops::linear`].
 
 use crate::cpu::Cpu;
+use crate::cpu::gemm::{Epilogue, Isa, Layout, columns_by_rows, rows_by_panels};
 use crate::device::Act;
 use crate::error::Result;
 use crate::ops::linear::{Activation, BackwardInput, BackwardWeight, Dims, In, Linear};
-use rayon::prelude::*;
 
 impl<A: Act> Linear<A> for Cpu {
     fn linear_forward(&self, dims: Dims, input: In<'_, Self, A>, y: &mut Self::Buf<A>) -> Result<()> {
-        let (x, w): (&[A], &[A]) = (input.x, input.weight);
-        let bias = input.bias.map(|b| &b[..]);
-        y[..dims.rows * dims.outputs].par_chunks_mut(dims.outputs).enumerate().for_each(|(r, y)| {
-            for (o, y) in y.iter_mut().enumerate() {
-                let mut s = bias.map_or(0.0, |b| b[o].to_f32());
-                for i in 0..dims.inputs {
-                    s += x[r * dims.inputs + i].to_f32() * w[o * dims.inputs + i].to_f32();
-                }
-                *y = A::from_f32(if input.activation == Activation::Relu && s < 0.0 { 0.0 } else { s });
-            }
-        });
+        let epilogue = Epilogue {
+            bias: input.bias.map(|b| &b[..]),
+            relu: input.activation == Activation::Relu,
+            positive: None,
+            accumulate: false,
+        };
+        let sizes = [dims.rows, dims.outputs, dims.inputs];
+        rows_by_panels(Isa::best(), sizes, input.x, input.weight, Layout::Columns, epilogue, y);
         Ok(())
     }
 
@@ -28,22 +25,14 @@ impl<A: Act> Linear<A> for Cpu {
         input: BackwardInput<'_, Self, A>,
         dx: &mut Self::Buf<A>,
     ) -> Result<()> {
-        let (dy, w): (&[A], &[A]) = (input.dy, input.weight);
-        let relu = input.relu_output.map(|b| &b[..]);
-        dx[..dims.rows * dims.inputs].par_chunks_mut(dims.inputs).enumerate().for_each(|(r, dx)| {
-            let mut s = vec![0.0f32; dims.inputs];
-            for o in 0..dims.outputs {
-                let d = dy[r * dims.outputs + o].to_f32();
-                for i in 0..dims.inputs {
-                    s[i] += d * w[o * dims.inputs + i].to_f32();
-                }
-            }
-            for i in 0..dims.inputs {
-                let live = relu.is_none_or(|m| m[r * dims.inputs + i].to_f32() > 0.0);
-                let s = if live { s[i] } else { 0.0 };
-                dx[i] = A::from_f32(if input.accumulate { dx[i].to_f32() + s } else { s });
-            }
-        });
+        let epilogue = Epilogue {
+            bias: None,
+            relu: false,
+            positive: input.relu_output.map(|x| &x[..]),
+            accumulate: input.accumulate,
+        };
+        let sizes = [dims.rows, dims.inputs, dims.outputs];
+        rows_by_panels(Isa::best(), sizes, input.dy, input.weight, Layout::Rows, epilogue, dx);
         Ok(())
     }
 
@@ -54,22 +43,8 @@ impl<A: Act> Linear<A> for Cpu {
         dweight: &mut Self::Buf<f32>,
         dbias: Option<&mut Self::Buf<f32>>,
     ) -> Result<()> {
-        let (x, dy): (&[A], &[A]) = (input.x, input.dy);
-        dweight[..dims.outputs * dims.inputs].par_chunks_mut(dims.inputs).enumerate().for_each(|(o, dw)| {
-            for r in 0..dims.rows {
-                let d = dy[r * dims.outputs + o].to_f32();
-                for i in 0..dims.inputs {
-                    dw[i] += d * x[r * dims.inputs + i].to_f32();
-                }
-            }
-        });
-        if let Some(db) = dbias {
-            for r in 0..dims.rows {
-                for o in 0..dims.outputs {
-                    db[o] += dy[r * dims.outputs + o].to_f32();
-                }
-            }
-        }
+        let sizes = [dims.rows, dims.outputs, dims.inputs];
+        columns_by_rows(Isa::best(), sizes, input.dy, input.x, dweight, dbias.map(|b| &mut b[..]));
         Ok(())
     }
 }

@@ -7,6 +7,7 @@ mod adamw;
 mod buffer;
 pub mod dropout;
 mod embed;
+pub mod gemm;
 pub mod gene_attention;
 mod layernorm;
 mod linear;

@@ -1,0 +1,144 @@
+//! Packing: operands in the order in which the tile reads them, as 32-bit words: an f32, or a pair of bf16 that are
+//! neighbours in k. Columns past the edge are zero, so that the tile needs no masks.
+//!
+//! ```text
+//! panels:  for each 48 columns: for each step of k: 48 words (fewer, in whole vectors of 16, in the last panel)
+//! columns: for each row of the chunk: 8 floats, one per row of the tile
+//! ```
+
+use super::Layout;
+use super::tile::{TILE_COLUMNS, TILE_ROWS};
+use crate::cpu::simd::vectorized;
+use crate::device::Act;
+use rayon::prelude::*;
+
+/// Bits of a value as the tile wants it alone.
+#[inline(always)]
+fn word<A: Act>(x: A) -> u32 {
+    x.to_f32().to_bits()
+}
+
+/// Two bf16 values as one word, the first in the low half: what `vdpbf16ps` multiplies.
+#[inline(always)]
+fn pair<A: Act>(first: A, second: A) -> u32 {
+    // The high half of the widened value is the bf16 itself.
+    word(first) >> 16 | (word(second) & 0xFFFF_0000)
+}
+
+/// All of B as panels, a task per panel.
+pub fn panels<A: Act>(b: &[A], layout: Layout, n: usize, k: usize, pairs: bool, out: &mut [u32]) {
+    let steps = if pairs { k.div_ceil(2) } else { k };
+    if steps == 0 {
+        return;
+    }
+    out.par_chunks_mut(TILE_COLUMNS * steps).enumerate().for_each(|(p, panel)| {
+        let column = p * TILE_COLUMNS;
+        let columns = TILE_COLUMNS.min(n - column);
+        match layout {
+            Layout::Rows => panel_of_rows(&b[column..], n, columns, k, pairs, panel),
+            Layout::Columns => panel_of_columns(&b[column * k..(column + columns) * k], k, pairs, panel),
+        }
+    });
+}
+
+/// Columns `column..column + columns` of the rows of b (each `stride` long), widened.
+pub fn chunk<A: Act>(b: &[A], stride: usize, column: usize, columns: usize, out: &mut [u32]) {
+    let depth = b.len() / stride;
+    for (p, panel) in out.chunks_mut(TILE_COLUMNS * depth).enumerate() {
+        let skip = p * TILE_COLUMNS;
+        panel_of_rows(&b[column + skip..], stride, TILE_COLUMNS.min(columns - skip), depth, false, panel);
+    }
+}
+
+vectorized! {
+    /// A panel from rows of k: `b` starts at the panel's first column, rows lie `stride` apart.
+    fn panel_of_rows[A: Act](b: &[A], stride: usize, columns: usize, k: usize, pairs: bool, panel: &mut [u32]) {
+        let steps = if pairs { k.div_ceil(2) } else { k };
+        let width = panel.len() / steps;
+        for (s, out) in panel.chunks_exact_mut(width).enumerate() {
+            let (out, edge) = out.split_at_mut(columns);
+            edge.fill(0);
+            if pairs {
+                let first = &b[2 * s * stride..][..columns];
+                if 2 * s + 1 < k {
+                    let second = &b[(2 * s + 1) * stride..][..columns];
+                    for c in 0..columns { out[c] = pair(first[c], second[c]) }
+                } else {
+                    for c in 0..columns { out[c] = pair(first[c], A::default()) }
+                }
+            } else {
+                for (o, x) in out.iter_mut().zip(&b[s * stride..][..columns]) { *o = word(*x) }
+            }
+        }
+    }
+}
+
+vectorized! {
+    /// A panel from columns of B, each `k` contiguous values: a transposition, in blocks of 16 × 16 words.
+    fn panel_of_columns[A: Act](b: &[A], k: usize, pairs: bool, panel: &mut [u32]) {
+        let steps = if pairs { k.div_ceil(2) } else { k };
+        let width = panel.len() / steps;
+        let columns = b.len() / k;
+        for vector in 0..width / 16 {
+            for s0 in (0..steps).step_by(16) {
+                let depth = 16.min(steps - s0);
+                let mut block = [[0u32; 16]; 16];
+                for (c, block) in block.iter_mut().enumerate() {
+                    let column = vector * 16 + c;
+                    if column >= columns {
+                        break;
+                    }
+                    let column = &b[column * k..(column + 1) * k];
+                    if !pairs {
+                        for (w, x) in block.iter_mut().zip(&column[s0..s0 + depth]) { *w = word(*x) }
+                    } else {
+                        let (whole, last) = column[2 * s0..k.min(2 * (s0 + depth))].as_chunks::<2>();
+                        for (w, x) in block.iter_mut().zip(whole) { *w = pair(x[0], x[1]) }
+                        if let [x] = last { block[whole.len()] = pair(*x, A::default()) }
+                    }
+                }
+                for s in 0..depth {
+                    let out = &mut panel[(s0 + s) * width + vector * 16..][..16];
+                    for c in 0..16 { out[c] = block[c][s] }
+                }
+            }
+        }
+    }
+}
+
+vectorized! {
+    /// Rows of A as words, widened or in pairs with an odd k padded.
+    pub fn stage[A: Act](a: &[A], k: usize, pairs: bool, out: &mut [u32]) {
+        if !pairs {
+            for (o, x) in out.iter_mut().zip(a) { *o = word(*x) }
+            return;
+        }
+        for (row, out) in a.chunks_exact(k).zip(out.chunks_exact_mut(k.div_ceil(2))) {
+            let (whole, last) = row.as_chunks::<2>();
+            for (o, x) in out.iter_mut().zip(whole) { *o = pair(x[0], x[1]) }
+            if let [x] = last { out[whole.len()] = pair(*x, A::default()) }
+        }
+    }
+}
+
+vectorized! {
+    /// Columns `column..column + count` (at most eight) of the rows of `a`, each `stride` long: `out[row][8]`, zeros past
+    /// `count`; and their sums, added to `sum`.
+    pub fn columns[A: Act](a: &[A], stride: usize, column: usize, count: usize, out: &mut [f32], sum: Option<&mut [f32]>) {
+        let (groups, _) = out.as_chunks_mut::<TILE_ROWS>();
+        let mut total = [0.0f32; TILE_ROWS];
+        for (row, out) in a.chunks_exact(stride).zip(groups) {
+            if count == TILE_ROWS {
+                let row: &[A; TILE_ROWS] = row[column..column + TILE_ROWS].try_into().expect("eight columns");
+                for r in 0..TILE_ROWS { out[r] = row[r].to_f32() }
+            } else {
+                *out = [0.0; TILE_ROWS];
+                for (o, x) in out.iter_mut().zip(&row[column..column + count]) { *o = x.to_f32() }
+            }
+            for r in 0..TILE_ROWS { total[r] += out[r] }
+        }
+        if let Some(sum) = sum {
+            for (s, t) in sum.iter_mut().zip(&total) { *s += t }
+        }
+    }
+}

@@ -1,0 +1,213 @@
+//! The inner loop: an 8 × 48 tile of the result, in registers for the whole of k.
+//!
+//! ```text
+//! per step: 3 vector loads of B, 8 broadcasts of A, 24 multiply-adds     (AVX-512: 24 accumulators of 32 registers)
+//! ```
+//! Eleven loads per 24 multiply-adds leave the multiply-add unit as the bound, and 24 independent sums hide its latency; a
+//! last panel of 16 columns still has eight. The result is left in memory (`Tile`), in the first-level cache.
+
+/// Rows of a tile.
+pub const TILE_ROWS: usize = 8;
+/// Columns of a tile: three AVX-512 registers.
+pub const TILE_COLUMNS: usize = 48;
+
+/// A finished tile. Columns past the panel's width keep old values.
+#[repr(C, align(64))]
+pub struct Tile(pub [[f32; TILE_COLUMNS]; TILE_ROWS]);
+
+impl Default for Tile {
+    fn default() -> Self {
+        Tile([[0.0; TILE_COLUMNS]; TILE_ROWS])
+    }
+}
+
+/// Instruction sets of the inner loop, weakest first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Isa {
+    /// Whatever the compiler's baseline is.
+    Portable,
+    /// AVX2 with FMA.
+    Avx2,
+    /// AVX-512 F.
+    Avx512,
+    /// AVX-512 F with BF16: `vdpbf16ps`.
+    Avx512Bf16,
+}
+
+impl Isa {
+    /// Those of this processor, weakest first.
+    pub fn available() -> Vec<Isa> {
+        #[allow(unused_mut)] // other architectures have the portable loop alone
+        let mut found = vec![Isa::Portable];
+        #[cfg(target_arch = "x86_64")]
+        {
+            use crate::cpu::simd::{has_avx2, has_avx512};
+            let bf16 = has_avx512() && is_x86_feature_detected!("avx512bf16");
+            found.extend(has_avx2().then_some(Isa::Avx2));
+            found.extend(has_avx512().then_some(Isa::Avx512));
+            found.extend(bf16.then_some(Isa::Avx512Bf16));
+        }
+        found
+    }
+
+    /// The strongest of this processor.
+    pub fn best() -> Isa {
+        static BEST: std::sync::OnceLock<Isa> = std::sync::OnceLock::new();
+        *BEST.get_or_init(|| Isa::available().pop().expect("the portable loop is always there"))
+    }
+}
+
+/// `tile[r][c] = Σ_step a[r][step] · b[step][c]`; `a` points to eight rows of words, `b` to a panel.
+///
+/// # Safety
+/// Every row of A must have `steps` words (at the kernel's stride) and the panel `steps` rows of the kernel's width, and the
+/// processor must have the instruction set that the kernel was chosen for.
+pub type Kernel = unsafe fn(steps: usize, a: &[*const u8; TILE_ROWS], b: *const u32, tile: &mut Tile);
+
+/// The kernel for a panel of `vectors` × 16 columns. `stride` is the distance in words between the steps of a row of A: 1
+/// where rows lie as they are, 8 where eight columns were packed. `pairs`: words are pairs of bf16.
+pub fn kernel(isa: Isa, pairs: bool, vectors: usize, stride: usize) -> Kernel {
+    macro_rules! by_width {
+        ($kernel:ident) => {
+            match (vectors, stride) {
+                (3, 1) => $kernel::<3, 1>,
+                (2, 1) => $kernel::<2, 1>,
+                (1, 1) => $kernel::<1, 1>,
+                (3, TILE_ROWS) => $kernel::<3, TILE_ROWS>,
+                (2, TILE_ROWS) => $kernel::<2, TILE_ROWS>,
+                (1, TILE_ROWS) => $kernel::<1, TILE_ROWS>,
+                _ => unreachable!("panels are 16, 32 or 48 columns wide"),
+            }
+        };
+    }
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512Bf16 if pairs => by_width!(avx512_bf16),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512Bf16 | Isa::Avx512 => by_width!(avx512),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => by_width!(avx2),
+        _ => by_width!(portable),
+    }
+}
+
+/// f32, AVX-512.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+unsafe fn avx512<const V: usize, const STRIDE: usize>(
+    steps: usize,
+    a: &[*const u8; TILE_ROWS],
+    b: *const u32,
+    tile: &mut Tile,
+) {
+    use std::arch::x86_64::*;
+    let mut sum = [[_mm512_setzero_ps(); V]; TILE_ROWS];
+    // SAFETY: `Kernel`'s contract: `steps` words per row, `steps` rows of V vectors.
+    unsafe {
+        for s in 0..steps {
+            let columns: [__m512; V] =
+                std::array::from_fn(|v| _mm512_loadu_ps(b.cast::<f32>().add((s * V + v) * 16)));
+            for r in 0..TILE_ROWS {
+                let x = _mm512_set1_ps(*a[r].cast::<f32>().add(s * STRIDE));
+                for v in 0..V {
+                    sum[r][v] = _mm512_fmadd_ps(x, columns[v], sum[r][v]);
+                }
+            }
+        }
+        for r in 0..TILE_ROWS {
+            for v in 0..V {
+                _mm512_storeu_ps(tile.0[r].as_mut_ptr().add(v * 16), sum[r][v]);
+            }
+        }
+    }
+}
+
+/// Pairs of bf16, AVX512_BF16.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn avx512_bf16<const V: usize, const STRIDE: usize>(
+    steps: usize,
+    a: &[*const u8; TILE_ROWS],
+    b: *const u32,
+    tile: &mut Tile,
+) {
+    use std::arch::x86_64::*;
+    use std::mem::transmute;
+    let mut sum = [[_mm512_setzero_ps(); V]; TILE_ROWS];
+    // SAFETY: `Kernel`'s contract; both register types are 64 bytes of any content. Rows of bf16 may start at an odd word.
+    unsafe {
+        for s in 0..steps {
+            let columns: [__m512bh; V] =
+                std::array::from_fn(|v| transmute(_mm512_loadu_si512(b.add((s * V + v) * 16).cast())));
+            for r in 0..TILE_ROWS {
+                let x: __m512bh =
+                    transmute(_mm512_set1_epi32(a[r].cast::<i32>().add(s * STRIDE).read_unaligned()));
+                for v in 0..V {
+                    sum[r][v] = _mm512_dpbf16_ps(sum[r][v], x, columns[v]);
+                }
+            }
+        }
+        for r in 0..TILE_ROWS {
+            for v in 0..V {
+                _mm512_storeu_ps(tile.0[r].as_mut_ptr().add(v * 16), sum[r][v]);
+            }
+        }
+    }
+}
+
+/// f32 in plain Rust: sub-tiles of 4 × 16, which fit the sixteen registers of AVX2 and NEON.
+///
+/// # Safety
+/// As [`Kernel`], without the instruction set.
+#[inline(always)]
+unsafe fn plain<const V: usize, const STRIDE: usize, const FUSED: bool>(
+    steps: usize,
+    a: &[*const u8; TILE_ROWS],
+    b: *const u32,
+    tile: &mut Tile,
+) {
+    for (quarter, a) in a.chunks_exact(4).enumerate() {
+        for v in 0..V {
+            let mut sum = [[0.0f32; 16]; 4];
+            for s in 0..steps {
+                // SAFETY: `Kernel`'s contract; a word is as aligned as an f32.
+                let column: &[f32; 16] = unsafe { &*b.add((s * V + v) * 16).cast() };
+                for r in 0..4 {
+                    // SAFETY: as above.
+                    let x = unsafe { *a[r].cast::<f32>().add(s * STRIDE) };
+                    for c in 0..16 {
+                        sum[r][c] =
+                            if FUSED { x.mul_add(column[c], sum[r][c]) } else { sum[r][c] + x * column[c] };
+                    }
+                }
+            }
+            for r in 0..4 {
+                tile.0[quarter * 4 + r][v * 16..][..16].copy_from_slice(&sum[r]);
+            }
+        }
+    }
+}
+
+/// f32, AVX2 with FMA.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn avx2<const V: usize, const STRIDE: usize>(
+    steps: usize,
+    a: &[*const u8; TILE_ROWS],
+    b: *const u32,
+    tile: &mut Tile,
+) {
+    // SAFETY: the caller's obligations are this function's.
+    unsafe { plain::<V, STRIDE, true>(steps, a, b, tile) }
+}
+
+/// f32, no assumption about the processor; a fused multiply-add would be a library call here.
+unsafe fn portable<const V: usize, const STRIDE: usize>(
+    steps: usize,
+    a: &[*const u8; TILE_ROWS],
+    b: *const u32,
+    tile: &mut Tile,
+) {
+    // SAFETY: the caller's obligations are this function's.
+    unsafe { plain::<V, STRIDE, false>(steps, a, b, tile) }
+}
