@@ -4,6 +4,7 @@
 //! results are combined in chunk order, so results have the same bits for any number of threads.
 
 mod adamw;
+mod anchor;
 mod buffer;
 pub mod dropout;
 mod embed;
@@ -12,11 +13,14 @@ pub mod gene_attention;
 mod layernorm;
 mod linear;
 mod mask_tokens;
+mod normalize;
 mod pool;
+mod prototype_loss;
 mod reduce;
 mod rows;
 pub mod scratch;
 pub mod simd;
+mod structure;
 
 pub use buffer::Buf;
 
