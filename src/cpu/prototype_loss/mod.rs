@@ -90,7 +90,6 @@ struct Problem<'a, A> {
 /// A range of columns as f32: where they lie, or converted and padded into scratch.
 #[derive(Clone, Copy)]
 struct Columns {
-    first: usize,
     count: usize,
     at: *const f32,
     stride: usize,
@@ -108,10 +107,10 @@ impl Columns {
         let rows = &all[first * width..(first + count) * width];
         if A::IS_F32 && width == padded {
             let rows: &[f32] = bytemuck::cast_slice(rows);
-            return Columns { first, count, at: rows.as_ptr(), stride: width };
+            return Columns { count, at: rows.as_ptr(), stride: width };
         }
         widen_rows(rows.chunks_exact(width), padded, scratch);
-        Columns { first, count, at: scratch.as_ptr(), stride: padded }
+        Columns { count, at: scratch.as_ptr(), stride: padded }
     }
 }
 
