@@ -350,7 +350,7 @@ fn assert_close(c: &Case, got: &Results, want: &Results, tolerance: f64, what: &
         ("dscale", &got.dscale, &want.dscale, kappa.max(0.02)),
     ] {
         assert_eq!(a.len(), b.len());
-        let size = largest(b).max(floor);
+        let size = largest(b).max(floor).max(1e-30);
         for (i, (a, b)) in a.iter().zip(b).enumerate() {
             let off = (a - b).abs() / size;
             assert!(
