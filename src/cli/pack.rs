@@ -2,11 +2,165 @@
 
 use super::{Global, Output};
 use crate::error::{Error, Result};
+use crate::genes::mapping::SymbolMap;
+use crate::genes::vocab::Vocab;
+use crate::import::pack::{EmptyCells, PackOptions, PackReport, count_cells, pack};
+use std::fmt::Write as _;
+use std::path::PathBuf;
 
 /// Flags of `pack`.
 #[derive(Debug, clap::Args)]
-pub struct Flags {}
+#[command(after_help = "\
+Ranks follow Geneformer: count / total · 10,000 / median, descending, ties by matrix column. Raw counts are required; a file whose X is \
+normalised names the slot that holds counts. Names of cells, obs columns and the order of cells are kept. The share that --min-gene-match \
+looks at is matched names / min(names in the file, genes in the vocabulary).
 
-pub fn run(_global: &Global, _flags: &Flags) -> Result<Output> {
-    Err(Error::bug("pack is not written yet"))
+Examples:
+  cellrefine pack cells.h5ad --vocab V.tsv --out cells.cells
+  cellrefine pack a.h5ad b.h5ad --vocab V.tsv --out both.cells --counts raw --obs cell_type donor")]
+pub struct Flags {
+    /// Input .h5ad files, in the order in which their cells are wanted.
+    #[arg(required = true, value_name = "IN")]
+    inputs: Vec<PathBuf>,
+    /// Vocabulary, from `vocab build` or `vocab convert`.
+    #[arg(long, value_name = "V.tsv")]
+    vocab: PathBuf,
+    /// The corpus to make; must not exist.
+    #[arg(long, value_name = "X.cells")]
+    out: PathBuf,
+    /// obs columns to keep [default: all numbers, booleans, and labels of at most 1,000 distinct values].
+    #[arg(long, value_name = "COL", num_args = 1..)]
+    obs: Vec<String>,
+    /// var column of gene ids or symbols [default: the one that the vocabulary knows most of].
+    #[arg(long, value_name = "COL")]
+    genes: Option<String>,
+    /// Symbols to Ensembl ids, TSV, plain or gzip.
+    #[arg(long, value_name = "FILE")]
+    gene_map: Option<PathBuf>,
+    /// Slot of the raw counts: X, raw or layers/NAME [default: X].
+    #[arg(long, value_name = "SLOT")]
+    counts: Option<String>,
+    /// Least share of matching genes, 0 to 1.
+    #[arg(long, default_value_t = 0.5, value_name = "SHARE")]
+    min_gene_match: f64,
+    /// Store ln(1 + count / total · 10,000) beside every token.
+    #[arg(long)]
+    values: bool,
+    /// Keep the first N tokens of a cell; 0 = all, batches cut to their model's context.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    max_tokens: usize,
+    /// Cells without a gene of the vocabulary: skip, error or keep.
+    #[arg(long, default_value = "skip", value_name = "WHAT", value_parser = ["skip", "error", "keep"])]
+    empty_cells: String,
+    /// Rank values that are no integers (never negative ones).
+    #[arg(long)]
+    allow_non_integer: bool,
+    /// Memory to use for blocks and transposition: 512M, 2G, …
+    #[arg(long, default_value = "2G", value_name = "SIZE", value_parser = parse_memory)]
+    memory: u64,
+    /// Cells per shard; 0 = the default.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    shard_cells: usize,
+}
+
+/// A size such as `512M`, `2G`, `1.5GiB` or plain bytes.
+pub(super) fn parse_memory(text: &str) -> std::result::Result<u64, String> {
+    let lower = text.trim().to_lowercase();
+    let number = lower.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match lower[number.len()..].trim_end_matches("ib").trim_end_matches('b') {
+        "" => 1.0,
+        "k" => 1024.0,
+        "m" => 1024.0 * 1024.0,
+        "g" => 1024.0 * 1024.0 * 1024.0,
+        "t" => 1024.0 * 1024.0 * 1024.0 * 1024.0,
+        other => return Err(format!("unknown unit {other:?}; give 512M, 2G, …")),
+    };
+    match number.trim().parse::<f64>() {
+        Ok(n) if n * unit >= 16.0 * 1024.0 * 1024.0 && n * unit < 1e18 => Ok((n * unit) as u64),
+        Ok(_) => Err("at least 16M".into()),
+        Err(_) => Err("a size such as 512M or 2G".into()),
+    }
+}
+
+pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
+    if !(0.0..=1.0).contains(&flags.min_gene_match) {
+        return Err(Error::usage("--min-gene-match is a share").found(flags.min_gene_match).wanted("0 to 1"));
+    }
+    let vocab = Vocab::load(&flags.vocab)?;
+    let gene_map = flags.gene_map.as_ref().map(SymbolMap::load).transpose()?;
+    let options = PackOptions {
+        counts: flags.counts.clone(),
+        genes: flags.genes.clone(),
+        gene_map: gene_map.as_ref(),
+        min_gene_match: flags.min_gene_match,
+        obs: flags.obs.clone(),
+        values: flags.values,
+        max_tokens: flags.max_tokens,
+        memory_bytes: flags.memory,
+        empty_cells: match flags.empty_cells.as_str() {
+            "error" => EmptyCells::Error,
+            "keep" => EmptyCells::Keep,
+            _ => EmptyCells::Skip,
+        },
+        allow_non_integer: flags.allow_non_integer,
+        shard_cells: flags.shard_cells,
+    };
+    let start = std::time::Instant::now();
+    let progress = global.progress("packing cells", count_cells(&flags.inputs, &options));
+    let outcome = pack(&flags.inputs, &vocab, &flags.out, &options, &progress);
+    progress.finish();
+    let report = outcome?;
+    for file in &report.files {
+        global.note(format!("{} ({}): {}", file.file, file.counts, file.genes.to_text()));
+        if 2 * file.genes.upper_cased > file.genes.matched {
+            global
+                .note("  most symbols matched in upper case only: is this file of the vocabulary's species?");
+        }
+    }
+    report.notes.iter().for_each(|n| global.note(n));
+    Ok(output(flags, &report, start.elapsed().as_secs_f64()))
+}
+
+fn output(flags: &Flags, report: &PackReport, seconds: f64) -> Output {
+    let m = &report.manifest;
+    let empty: u64 = report.files.iter().map(|f| f.empty).sum();
+    let mean = m.tokens as f64 / (m.cells as f64).max(1.0);
+    let mut text = format!(
+        "{}: {} cells, {} tokens (mean {mean:.0}), {} obs columns, {} shards",
+        flags.out.display(),
+        m.cells,
+        m.tokens,
+        m.columns.len(),
+        m.shards.len()
+    );
+    if empty > 0 {
+        let what = if flags.empty_cells == "keep" { "kept without tokens" } else { "left out" };
+        let _ = write!(text, "\n{empty} cells without a gene of the vocabulary {what}");
+    }
+    if report.prefixed {
+        text.push_str("\ncell names met across inputs: every name has its input's file name in front");
+    }
+    if report.renamed > 0 {
+        let _ = write!(text, "\n{} cell names came again within an input and got a number", report.renamed);
+    }
+    let peak = peak_memory_bytes();
+    let _ = write!(text, "\n{seconds:.2} s");
+    if let Some(bytes) = peak {
+        let _ = write!(text, ", {} MB of memory at the peak", bytes / 1_000_000);
+    }
+    let json = serde_json::json!({
+        "corpus": flags.out, "cells": m.cells, "tokens": m.tokens, "mean_tokens": mean, "digest": m.digest,
+        "vocabulary": m.vocabulary.digest, "shards": m.shards.len(),
+        "obs": m.columns.iter().map(|c| &c.name).collect::<Vec<_>>(),
+        "empty_cells": empty, "prefixed_names": report.prefixed, "renamed_cells": report.renamed, "files": report.files,
+        "notes": report.notes, "seconds": seconds, "peak_memory_bytes": peak,
+    });
+    Output { text, json }
+}
+
+/// Peak resident memory of this process, where the system says it.
+pub(super) fn peak_memory_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kb| kb * 1024)
 }

@@ -82,7 +82,10 @@ impl Frame {
             Some(Node::Group) => open_group(source.as_ref(), slot, rows)?,
         };
         if let Values::Unsupported(why) = &index.values {
-            return Err(Error::input(format!("the index of {slot} cannot be used")).at(&index.place).found(why).wanted(format!("{rows} names")));
+            return Err(Error::input(format!("the index of {slot} cannot be used"))
+                .at(&index.place)
+                .found(why)
+                .wanted(format!("{rows} names")));
         }
         Ok(Frame { place, rows, index, columns, source: Arc::clone(source) })
     }
@@ -107,10 +110,14 @@ impl Frame {
         let names = || self.columns.iter().map(|c| c.name.as_str());
         let column = self.columns.iter().find(|c| c.name == name).ok_or_else(|| {
             let hint = nearest(name, names()).map_or(String::new(), |n| format!("; did you mean {n}?"));
-            Error::input(format!("there is no column {name:?}")).at(&self.place).found(format!("columns {}{hint}", names().collect::<Vec<_>>().join(", ")))
+            Error::input(format!("there is no column {name:?}"))
+                .at(&self.place)
+                .found(format!("columns {}{hint}", names().collect::<Vec<_>>().join(", ")))
         })?;
         match &column.values {
-            Values::Unsupported(why) => Err(Error::input(format!("column {name:?} cannot be used")).at(&column.place).found(why)),
+            Values::Unsupported(why) => {
+                Err(Error::input(format!("column {name:?} cannot be used")).at(&column.place).found(why))
+            }
             _ => Ok(column),
         }
     }
@@ -120,7 +127,10 @@ impl Frame {
         let source = self.source.as_ref();
         let rows = rows.min(self.rows - start.min(self.rows));
         let short = |found: usize| {
-            Error::input("the column ends before its declared length").at(&column.place).found(found).wanted(rows)
+            Error::input("the column ends before its declared length")
+                .at(&column.place)
+                .found(found)
+                .wanted(rows)
         };
         let values = match &column.values {
             Values::Text(cells) => {
@@ -160,7 +170,9 @@ impl Frame {
                 ColumnValues::Number(values)
             }
             Values::Unsupported(why) => {
-                return Err(Error::input(format!("column {:?} cannot be used", column.name)).at(&column.place).found(why));
+                return Err(Error::input(format!("column {:?} cannot be used", column.name))
+                    .at(&column.place)
+                    .found(why));
             }
         };
         let length = match &values {
@@ -177,7 +189,10 @@ impl Frame {
             ColumnValues::Text(texts) => texts,
             ColumnValues::Codes(codes) => {
                 let names = column.categories().unwrap_or_default();
-                codes.iter().map(|&c| usize::try_from(c).map_or(String::new(), |c| names[c].clone())).collect()
+                codes
+                    .iter()
+                    .map(|&c| usize::try_from(c).map_or(String::new(), |c| names[c].clone()))
+                    .collect()
             }
             ColumnValues::Number(numbers) => {
                 let float = matches!(column.values, Values::Number { number, .. } if number.kind == NumberKind::Float);
@@ -269,7 +284,11 @@ impl Cells {
             Place::Field(a, field, record) => {
                 let width = Self::width(&field.stored);
                 let records = a.rows(start, rows)?;
-                Ok(records.chunks_exact(*record).flat_map(|r| &r[field.offset..field.offset + width]).copied().collect())
+                Ok(records
+                    .chunks_exact(*record)
+                    .flat_map(|r| &r[field.offset..field.offset + width])
+                    .copied()
+                    .collect())
             }
         }
     }
@@ -305,7 +324,9 @@ fn classify(cells: Cells, names: Option<Vec<String>>, rows: u64) -> Values {
         return Values::Unsupported(format!("{found} where the matrix has {rows}"));
     }
     match (cells.stored().clone(), names) {
-        (Stored::Number(number), Some(names)) if number.kind != NumberKind::Float => Values::Category { names, codes: cells, number },
+        (Stored::Number(number), Some(names)) if number.kind != NumberKind::Float => {
+            Values::Category { names, codes: cells, number }
+        }
         (other, Some(_)) => Values::Unsupported(format!("category codes stored as {other:?}")),
         (Stored::FixedText(_) | Stored::HeapText, None) => Values::Text(cells),
         (Stored::Number(number), None) if number.kind == NumberKind::Bool => {
@@ -318,7 +339,8 @@ fn classify(cells: Cells, names: Option<Vec<String>>, rows: u64) -> Values {
 
 /// All elements of an array of category names.
 fn names(source: &dyn H5Source, path: &str) -> Result<Vec<String>> {
-    let path = if source.node(path)? == Some(Node::Group) { format!("{path}/values") } else { path.to_string() };
+    let path =
+        if source.node(path)? == Some(Node::Group) { format!("{path}/values") } else { path.to_string() };
     let array = source.array(&path)?;
     let rows = array.shape().first().copied().unwrap_or(1);
     match array.stored().clone() {
@@ -332,7 +354,10 @@ fn names(source: &dyn H5Source, path: &str) -> Result<Vec<String>> {
             };
             Ok(values.into_iter().map(text).collect())
         }
-        other => Err(Error::input("the category names cannot be read").at(array.place()).found(format!("{other:?}")).wanted("strings or numbers")),
+        other => Err(Error::input("the category names cannot be read")
+            .at(array.place())
+            .found(format!("{other:?}"))
+            .wanted("strings or numbers")),
     }
 }
 
@@ -340,12 +365,16 @@ fn open_group(source: &dyn H5Source, slot: &str, rows: u64) -> Result<(Column, V
     let children = source.children(slot)?;
     let index = match source.attribute(slot, "_index")? {
         Some(Attribute::Text(name)) => name,
-        _ => ["_index", "index"].iter().find(|n| children.iter().any(|c| c == *n)).map(|n| n.to_string()).ok_or_else(|| {
-            Error::input(format!("{slot} has no index"))
-                .at(format!("{}:{slot}", source.name()))
-                .found(format!("members {}", children.join(", ")))
-                .wanted("an attribute _index that names the column of row names")
-        })?,
+        _ => ["_index", "index"]
+            .iter()
+            .find(|n| children.iter().any(|c| c == *n))
+            .map(|n| n.to_string())
+            .ok_or_else(|| {
+                Error::input(format!("{slot} has no index"))
+                    .at(format!("{}:{slot}", source.name()))
+                    .found(format!("members {}", children.join(", ")))
+                    .wanted("an attribute _index that names the column of row names")
+            })?,
     };
     let order = match source.attribute(slot, "column-order")? {
         Some(Attribute::Texts(order)) => order,
@@ -363,7 +392,10 @@ fn open_group(source: &dyn H5Source, slot: &str, rows: u64) -> Result<(Column, V
                     Some(_) => Some(names(source, &legacy)?),
                     None => None,
                 };
-                source.array(&path).map_or_else(|e| Values::Unsupported(e.to_string()), |a| classify(Cells::array(a), names, rows))
+                source.array(&path).map_or_else(
+                    |e| Values::Unsupported(e.to_string()),
+                    |a| classify(Cells::array(a), names, rows),
+                )
             }
             Some(Node::Group) => open_encoded(source, &path, rows)?,
         };
@@ -401,7 +433,10 @@ fn open_records(source: &dyn H5Source, slot: &str, rows: u64) -> Result<(Column,
     let array: Arc<dyn H5Array> = Arc::from(source.array(slot)?);
     let place = array.place().to_string();
     let Stored::Record(fields, record) = array.stored().clone() else {
-        return Err(Error::input(format!("{slot} is no data frame")).at(&place).found(format!("{:?}", array.stored())).wanted("a group or an array of records"));
+        return Err(Error::input(format!("{slot} is no data frame"))
+            .at(&place)
+            .found(format!("{:?}", array.stored()))
+            .wanted("a group or an array of records"));
     };
     let mut columns = Vec::new();
     for field in fields {
@@ -412,9 +447,14 @@ fn open_records(source: &dyn H5Source, slot: &str, rows: u64) -> Result<(Column,
             _ => None,
         };
         let name = field.name.clone();
-        let fits = record > 0 && field.offset.checked_add(Cells::width(&field.stored)).is_some_and(|end| end <= record);
+        let fits = record > 0
+            && field.offset.checked_add(Cells::width(&field.stored)).is_some_and(|end| end <= record);
         let values = if fits {
-            classify(Cells { place: Place::Field(Arc::clone(&array), field, record), mask: None }, names, rows)
+            classify(
+                Cells { place: Place::Field(Arc::clone(&array), field, record), mask: None },
+                names,
+                rows,
+            )
         } else {
             Values::Unsupported("a field outside its record".into())
         };

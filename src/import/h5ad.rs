@@ -51,13 +51,22 @@ impl H5ad {
         Self::from_source(path, source, counts, allow_non_integer)
     }
 
-    fn from_source(path: &Path, source: Arc<dyn H5Source>, counts: Option<&str>, allow_non_integer: bool) -> Result<H5ad> {
+    fn from_source(
+        path: &Path,
+        source: Arc<dyn H5Source>,
+        counts: Option<&str>,
+        allow_non_integer: bool,
+    ) -> Result<H5ad> {
         let slot = match counts {
             None | Some("X") => "X".to_string(),
             Some("raw" | "raw/X" | "raw.X") => "raw/X".to_string(),
             Some(layer) => match layer.strip_prefix("layers/") {
                 Some(name) if !name.is_empty() && !name.contains("..") => layer.to_string(),
-                _ => return Err(Error::usage("--counts takes X, raw or layers/NAME").found(format!("{layer:?}"))),
+                _ => {
+                    return Err(
+                        Error::usage("--counts takes X, raw or layers/NAME").found(format!("{layer:?}"))
+                    );
+                }
             },
         };
         let matrix = match Matrix::open(source.as_ref(), &slot)? {
@@ -71,7 +80,8 @@ impl H5ad {
                         .wanted("X, raw/X or layers/NAME")
                         .next("is this an .h5ad file? (links are not followed)"));
                 }
-                let hint = nearest(&slot, all.iter().map(String::as_str)).map_or(String::new(), |n| format!("; did you mean {n}?"));
+                let hint = nearest(&slot, all.iter().map(String::as_str))
+                    .map_or(String::new(), |n| format!("; did you mean {n}?"));
                 return Err(Error::input(format!("there is no {slot}"))
                     .at(source.name())
                     .found(format!("matrices {}{hint}", all.join(", ")))
@@ -80,7 +90,11 @@ impl H5ad {
         };
         if !allow_non_integer && let Some(bad) = matrix.sample_non_count()? {
             let found = format!("a value {bad} ({})", matrix.describe());
-            return Err(no_counts(source.as_ref(), Error::input(super::matrix::NO_COUNTS).at(matrix.place()).found(found), &slot));
+            return Err(no_counts(
+                source.as_ref(),
+                Error::input(super::matrix::NO_COUNTS).at(matrix.place()).found(found),
+                &slot,
+            ));
         }
         let obs = Frame::open(&source, "obs", matrix.rows())?;
         let var = Frame::open(&source, if slot == "raw/X" { "raw/var" } else { "var" }, matrix.columns())?;
@@ -110,7 +124,8 @@ fn flag(slot: &str) -> &str {
 /// Completes the refusal of a slot: names the slot that does hold counts.
 fn no_counts(source: &dyn H5Source, e: Error, refused: &str) -> Error {
     let holds_counts = |slot: &String| {
-        slot != refused && matches!(Matrix::open(source, slot), Ok(Some(m)) if m.entries() > 0 && matches!(m.sample_non_count(), Ok(None)))
+        slot != refused
+            && matches!(Matrix::open(source, slot), Ok(Some(m)) if m.entries() > 0 && matches!(m.sample_non_count(), Ok(None)))
     };
     let e = e.wanted("integers from 0 (ranks come from raw counts)");
     match slots(source).unwrap_or_default().iter().find(|s| holds_counts(s)) {
@@ -148,7 +163,11 @@ impl CellSource for H5ad {
 
     fn for_each_block(&self, pass: &Pass<'_>, each: &mut dyn FnMut(&RowBlock) -> Result<()>) -> Result<()> {
         self.counts.for_each_block(pass, each).map_err(|e| {
-            if e.what() == super::matrix::NO_COUNTS { no_counts(self.source.as_ref(), e, self.counts.slot()) } else { e }
+            if e.what() == super::matrix::NO_COUNTS {
+                no_counts(self.source.as_ref(), e, self.counts.slot())
+            } else {
+                e
+            }
         })
     }
 }

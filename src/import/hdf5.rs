@@ -187,9 +187,10 @@ fn damaged(place: &str, e: &hdf5_pure::Error) -> Error {
             .wanted("gzip, lzf, shuffle, or none")
             .next("write the file again: anndata.read_h5ad(F).write_h5ad(F2, compression=\"gzip\")");
     }
-    Error::input("the HDF5 data cannot be read").at(place).found(text).next(
-        "the file is damaged or cut short: copy or download it again",
-    )
+    Error::input("the HDF5 data cannot be read")
+        .at(place)
+        .found(text)
+        .next("the file is damaged or cut short: copy or download it again")
 }
 
 fn classify(t: &Datatype) -> Stored {
@@ -206,7 +207,11 @@ fn classify(t: &Datatype) -> Stored {
             if whole(*size, layout.bit_offset, layout.bit_precision)
                 && layout.exponent_size == [0, 0, 5, 0, 8, 0, 0, 0, 11][*size as usize] =>
         {
-            Stored::Number(NumberType { kind: NumberKind::Float, bytes: *size as usize, big_endian: big(byte_order) })
+            Stored::Number(NumberType {
+                kind: NumberKind::Float,
+                bytes: *size as usize,
+                big_endian: big(byte_order),
+            })
         }
         Datatype::Enumeration { size: 1, members, .. } if members.len() == 2 => {
             Stored::Number(NumberType { kind: NumberKind::Bool, bytes: 1, big_endian: false })
@@ -237,7 +242,9 @@ impl H5Source for PureFile {
         match self.file.dataset(path) {
             Ok(_) => Ok(Some(Node::Array)),
             Err(hdf5_pure::Error::NotADataset(_)) => Ok(Some(Node::Group)),
-            Err(hdf5_pure::Error::Format(FormatError::PathNotFound(_)) | hdf5_pure::Error::NotAGroup(_)) => Ok(None),
+            Err(hdf5_pure::Error::Format(FormatError::PathNotFound(_)) | hdf5_pure::Error::NotAGroup(_)) => {
+                Ok(None)
+            }
             Err(e) => Err(self.damaged(path, &e)),
         }
     }
@@ -278,7 +285,10 @@ impl H5Source for PureFile {
         if claimed.is_none_or(|n| n > self.raw.len.saturating_mul(MAX_EXPANSION)) {
             return Err(Error::input("the array claims more data than the file can hold")
                 .at(&place)
-                .found(format!("shape {shape:?} of {element_bytes} bytes each, in a file of {} bytes", self.raw.len))
+                .found(format!(
+                    "shape {shape:?} of {element_bytes} bytes each, in a file of {} bytes",
+                    self.raw.len
+                ))
                 .next("the file is damaged: copy or download it again"));
         }
         let chunk = dataset.chunk_shape().map_err(fail)?;
@@ -310,12 +320,18 @@ impl H5Source for PureFile {
     /// u64, then objects of index u16, count u16, 4 reserved bytes, size u64 and the bytes, padded to 8.
     fn heap_text(&self, reference: &[u8]) -> Result<String> {
         let wrong = |what: &str| {
-            Error::input("a string reference in a record is broken").at(&self.name).found(what).next("copy or download the file again")
+            Error::input("a string reference in a record is broken")
+                .at(&self.name)
+                .found(what)
+                .next("copy or download the file again")
         };
-        let [l0, l1, l2, l3, address @ .., i0, i1, i2, i3] = reference else { return Err(wrong("a short reference")) };
+        let [l0, l1, l2, l3, address @ .., i0, i1, i2, i3] = reference else {
+            return Err(wrong("a short reference"));
+        };
         let wanted = u32::from_le_bytes([*l0, *l1, *l2, *l3]) as usize;
         let index = u32::from_le_bytes([*i0, *i1, *i2, *i3]);
-        let address = u64::from_le_bytes(address.try_into().map_err(|_| wrong("a reference that is not 16 bytes"))?);
+        let address =
+            u64::from_le_bytes(address.try_into().map_err(|_| wrong("a reference that is not 16 bytes"))?);
         if wanted == 0 {
             return Ok(String::new());
         }
@@ -327,7 +343,8 @@ impl H5Source for PureFile {
         if &header[..4] != b"GCOL" {
             return Err(wrong("an address without a heap"));
         }
-        let u64_at = |bytes: &[u8], at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
+        let u64_at =
+            |bytes: &[u8], at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
         let end = address.saturating_add(u64_at(&header, 8)).min(self.raw.len);
         let mut at = address + 16;
         while at + 16 <= end {
@@ -357,7 +374,9 @@ fn attribute(value: AttrValue) -> Option<Attribute> {
         | A::VarLenStringArray(v)
         | A::VarLenAsciiStringArray(v)
         | A::VarLenAsciiCharArray(v) => Attribute::Texts(v),
-        A::StringArraySized { values, .. } | A::AsciiStringArraySized { values, .. } => Attribute::Texts(values),
+        A::StringArraySized { values, .. } | A::AsciiStringArraySized { values, .. } => {
+            Attribute::Texts(values)
+        }
         A::I8(v) => Attribute::Integers(vec![v.into()]),
         A::I16(v) => Attribute::Integers(vec![v.into()]),
         A::I32(v) => Attribute::Integers(vec![v.into()]),
@@ -373,7 +392,9 @@ fn attribute(value: AttrValue) -> Option<Attribute> {
         A::U8Array(v) => Attribute::Integers(v.into_iter().map(i64::from).collect()),
         A::U16Array(v) => Attribute::Integers(v.into_iter().map(i64::from).collect()),
         A::U32Array(v) => Attribute::Integers(v.into_iter().map(i64::from).collect()),
-        A::U64Array(v) => Attribute::Integers(v.into_iter().map(i64::try_from).collect::<std::result::Result<_, _>>().ok()?),
+        A::U64Array(v) => {
+            Attribute::Integers(v.into_iter().map(i64::try_from).collect::<std::result::Result<_, _>>().ok()?)
+        }
         _ => return None,
     })
 }
@@ -413,9 +434,15 @@ impl NumberType {
         macro_rules! decode {
             ($t:ty, $n:literal) => {
                 if self.big_endian {
-                    out.extend(raw.chunks_exact($n).map(|b| <$t>::from_be_bytes(b.try_into().expect("n bytes")) as f64))
+                    out.extend(
+                        raw.chunks_exact($n)
+                            .map(|b| <$t>::from_be_bytes(b.try_into().expect("n bytes")) as f64),
+                    )
                 } else {
-                    out.extend(raw.chunks_exact($n).map(|b| <$t>::from_le_bytes(b.try_into().expect("n bytes")) as f64))
+                    out.extend(
+                        raw.chunks_exact($n)
+                            .map(|b| <$t>::from_le_bytes(b.try_into().expect("n bytes")) as f64),
+                    )
                 }
             };
         }
@@ -424,7 +451,11 @@ impl NumberType {
             (K::Float, 4) => decode!(f32, 4),
             (K::Float, 8) => decode!(f64, 8),
             (K::Float, _) => out.extend(raw.chunks_exact(2).map(|b| {
-                let bits = if self.big_endian { u16::from_be_bytes([b[0], b[1]]) } else { u16::from_le_bytes([b[0], b[1]]) };
+                let bits = if self.big_endian {
+                    u16::from_be_bytes([b[0], b[1]])
+                } else {
+                    u16::from_le_bytes([b[0], b[1]])
+                };
                 f64::from(half::f16::from_bits(bits))
             })),
             (K::Signed, 1) => decode!(i8, 1),

@@ -181,7 +181,11 @@ impl Matrix {
     /// # Errors
     /// Input, naming slot and row: broken offsets, a column beyond the matrix, a value that is no count; and whatever `each`
     /// returns.
-    pub fn for_each_block(&self, pass: &Pass<'_>, each: &mut dyn FnMut(&RowBlock) -> Result<()>) -> Result<()> {
+    pub fn for_each_block(
+        &self,
+        pass: &Pass<'_>,
+        each: &mut dyn FnMut(&RowBlock) -> Result<()>,
+    ) -> Result<()> {
         let mut checked = |block: &RowBlock| {
             self.check_values(block, pass)?;
             each(block)
@@ -196,7 +200,8 @@ impl Matrix {
     fn check_values(&self, block: &RowBlock, pass: &Pass<'_>) -> Result<()> {
         let fine = |x: f64| if pass.allow_non_integer { x >= 0.0 && x.is_finite() } else { is_count(x) };
         const CHUNK: usize = 1 << 15;
-        let bad_column = block.column.par_chunks(CHUNK).any(|c| c.iter().any(|&c| u64::from(c) >= self.columns));
+        let bad_column =
+            block.column.par_chunks(CHUNK).any(|c| c.iter().any(|&c| u64::from(c) >= self.columns));
         let bad_count = block.count.par_chunks(CHUNK).any(|c| c.iter().any(|&x| !fine(x)));
         if !bad_column && !bad_count {
             return Ok(());
@@ -205,7 +210,11 @@ impl Matrix {
             let (columns, counts) = block.row(row);
             let place = format!("{}, row {} (from 0)", self.place, block.first + row as u64);
             if let Some(&column) = columns.iter().find(|&&c| u64::from(c) >= self.columns) {
-                let column = if column == u32::MAX { "an index that is negative or huge".into() } else { column.to_string() };
+                let column = if column == u32::MAX {
+                    "an index that is negative or huge".into()
+                } else {
+                    column.to_string()
+                };
                 return Err(Error::input("a column index lies outside the matrix")
                     .at(place)
                     .found(column)
@@ -217,18 +226,26 @@ impl Matrix {
                 if x >= 0.0 && x.is_finite() {
                     return Err(Error::input(NO_COUNTS).at(place).found(x).wanted("integers from 0"));
                 }
-                return Err(Error::input("a value cannot be a count").at(place).found(x).wanted("integers from 0").next(
-                    "give the slot that holds raw counts with --counts X|raw|layers/NAME",
-                ));
+                return Err(Error::input("a value cannot be a count")
+                    .at(place)
+                    .found(x)
+                    .wanted("integers from 0")
+                    .next("give the slot that holds raw counts with --counts X|raw|layers/NAME"));
             }
         }
         Err(Error::bug("a bad entry lies in no row"))
     }
 
-    fn stream_rows(&self, c: &Compressed, pass: &Pass<'_>, each: &mut dyn FnMut(&RowBlock) -> Result<()>) -> Result<()> {
+    fn stream_rows(
+        &self,
+        c: &Compressed,
+        pass: &Pass<'_>,
+        each: &mut dyn FnMut(&RowBlock) -> Result<()>,
+    ) -> Result<()> {
         let mut offsets = Offsets::new(c, &self.place, self.rows, self.columns);
         let mut data = Stream::new(c.data.as_ref(), c.entries, |raw, out| c.data_type.decode_f64(raw, out));
-        let mut indices = Stream::new(c.indices.as_ref(), c.entries, |raw, out| decode_index(c.index_type, raw, out));
+        let mut indices =
+            Stream::new(c.indices.as_ref(), c.entries, |raw, out| decode_index(c.index_type, raw, out));
         let mut block = RowBlock::default();
         let mut row = 0;
         while row < self.rows {
@@ -309,7 +326,10 @@ pub fn is_count(x: f64) -> bool {
 fn number_type(array: &dyn H5Array) -> Result<NumberType> {
     match array.stored() {
         Stored::Number(t) => Ok(*t),
-        other => Err(Error::input("the array does not hold numbers").at(array.place()).found(format!("{other:?}")).wanted("integers or floats")),
+        other => Err(Error::input("the array does not hold numbers")
+            .at(array.place())
+            .found(format!("{other:?}"))
+            .wanted("integers or floats")),
     }
 }
 
@@ -337,34 +357,49 @@ fn open_sparse(source: &dyn H5Source, slot: &str, place: &str) -> Result<(u64, u
         found => found,
     };
     let (rows, columns) = match shape {
-        Some(Attribute::Integers(s)) if s.len() == 2 && s.iter().all(|&d| d >= 0) => (s[0] as u64, s[1] as u64),
+        Some(Attribute::Integers(s)) if s.len() == 2 && s.iter().all(|&d| d >= 0) => {
+            (s[0] as u64, s[1] as u64)
+        }
         other => {
-            return Err(Error::input("the sparse matrix has no usable shape").at(place).found(format!("{other:?}")).wanted("an attribute shape = (cells, genes)"));
+            return Err(Error::input("the sparse matrix has no usable shape")
+                .at(place)
+                .found(format!("{other:?}"))
+                .wanted("an attribute shape = (cells, genes)"));
         }
     };
     let open = |name: &str| -> Result<(Box<dyn H5Array>, NumberType)> {
         let path = format!("{slot}/{name}");
         if source.node(&path)? != Some(Node::Array) {
-            return Err(Error::input("the sparse matrix lacks one of its arrays").at(format!("{place}/{name}")).wanted("arrays data, indices and indptr"));
+            return Err(Error::input("the sparse matrix lacks one of its arrays")
+                .at(format!("{place}/{name}"))
+                .wanted("arrays data, indices and indptr"));
         }
         let array = source.array(&path)?;
         if array.shape().len() != 1 {
-            return Err(Error::input("an array of a sparse matrix must have one dimension").at(array.place()).found(format!("shape {:?}", array.shape())));
+            return Err(Error::input("an array of a sparse matrix must have one dimension")
+                .at(array.place())
+                .found(format!("shape {:?}", array.shape())));
         }
         let number = number_type(array.as_ref())?;
         if name != "data" && number.kind == NumberKind::Float {
-            return Err(Error::input("indices and offsets must be integers").at(array.place()).found("floats"));
+            return Err(Error::input("indices and offsets must be integers")
+                .at(array.place())
+                .found("floats"));
         }
         Ok((array, number))
     };
-    let ((data, data_type), (indices, index_type), (offsets, offset_type)) = (open("data")?, open("indices")?, open("indptr")?);
+    let ((data, data_type), (indices, index_type), (offsets, offset_type)) =
+        (open("data")?, open("indices")?, open("indptr")?);
     let major = if by_rows { rows } else { columns };
     if offsets.shape()[0].checked_sub(1) != Some(major) {
-        return Err(Error::input("indptr does not fit the matrix").at(offsets.place()).found(format!("{} offsets", offsets.shape()[0])).wanted(format!(
-            "{} for a {} of {rows} × {columns}",
-            major + 1,
-            if by_rows { "csr_matrix" } else { "csc_matrix" }
-        )));
+        return Err(Error::input("indptr does not fit the matrix")
+            .at(offsets.place())
+            .found(format!("{} offsets", offsets.shape()[0]))
+            .wanted(format!(
+                "{} for a {} of {rows} × {columns}",
+                major + 1,
+                if by_rows { "csr_matrix" } else { "csc_matrix" }
+            )));
     }
     let entries = data.shape()[0];
     if indices.shape()[0] != entries {
@@ -377,7 +412,10 @@ fn open_sparse(source: &dyn H5Source, slot: &str, place: &str) -> Result<(u64, u
     let last = c.offset(major, place)?;
     if last != entries {
         return Err(overflow_hint(
-            Error::input("the last offset is not the number of stored values").at(c.offsets.place()).found(last).wanted(entries),
+            Error::input("the last offset is not the number of stored values")
+                .at(c.offsets.place())
+                .found(last)
+                .wanted(entries),
             entries,
         ));
     }
@@ -411,7 +449,10 @@ pub(super) fn decode_index(number: NumberType, raw: &[u8], out: &mut Vec<u32>) {
 /// An array must deliver what its shape says.
 fn whole<T>(values: Vec<T>, wanted: u64, place: &str) -> Result<Vec<T>> {
     if values.len() as u64 != wanted {
-        return Err(Error::input("the array ends before its declared length").at(place).found(values.len()).wanted(wanted));
+        return Err(Error::input("the array ends before its declared length")
+            .at(place)
+            .found(values.len())
+            .wanted(wanted));
     }
     Ok(values)
 }
@@ -452,7 +493,9 @@ impl Compressed {
         match value.first() {
             Some(&v) if v >= 0 => Ok(v as u64),
             other => Err(overflow_hint(
-                Error::input("an offset is negative").at(format!("{place}/indptr[{at}]")).found(other.map_or("nothing".into(), i64::to_string)),
+                Error::input("an offset is negative")
+                    .at(format!("{place}/indptr[{at}]"))
+                    .found(other.map_or("nothing".into(), i64::to_string)),
                 self.entries,
             )),
         }
@@ -498,7 +541,10 @@ impl<'a> Offsets<'a> {
         for (n, (a, &b)) in before.zip(&self.window).enumerate() {
             let i = self.first + n as u64;
             let wrong = |what: &str, wanted: String| {
-                let e = Error::input(what).at(format!("{}/indptr[{i}]", self.place)).found(format!("{b} after {a}")).wanted(wanted);
+                let e = Error::input(what)
+                    .at(format!("{}/indptr[{i}]", self.place))
+                    .found(format!("{b} after {a}"))
+                    .wanted(wanted);
                 Err(overflow_hint(e, self.c.entries))
             };
             if i == 0 && b != 0 {
@@ -511,7 +557,10 @@ impl<'a> Offsets<'a> {
                 return wrong("an offset lies beyond the data", format!("at most {}", self.c.entries));
             }
             if (b - a) as u64 > self.minor {
-                return wrong("a row or column has more entries than the matrix is wide", format!("at most {} entries", self.minor));
+                return wrong(
+                    "a row or column has more entries than the matrix is wide",
+                    format!("at most {} entries", self.minor),
+                );
             }
         }
         Ok(())
@@ -533,10 +582,23 @@ pub(super) struct Stream<'a, T> {
 }
 
 impl<'a, T: Send + Copy> Stream<'a, T> {
-    pub fn new(array: &'a dyn H5Array, length: u64, decode: impl Fn(&[u8], &mut Vec<T>) + Send + Sync + 'a) -> Self {
+    pub fn new(
+        array: &'a dyn H5Array,
+        length: u64,
+        decode: impl Fn(&[u8], &mut Vec<T>) + Send + Sync + 'a,
+    ) -> Self {
         let chunk = array.chunk_rows();
         let piece = if chunk == 0 { PIECE_ENTRIES } else { chunk * (PIECE_ENTRIES / chunk).max(1) };
-        Stream { array, decode: Box::new(decode), length, piece, ahead: Vec::new(), base: 0, next: 0, taken: Vec::new() }
+        Stream {
+            array,
+            decode: Box::new(decode),
+            length,
+            piece,
+            ahead: Vec::new(),
+            base: 0,
+            next: 0,
+            taken: Vec::new(),
+        }
     }
 
     /// Moves entries `from .. to` into `taken`; `from` is where the last call ended.

@@ -13,4 +13,6 @@ pub mod frame;
 pub mod h5ad;
 pub mod hdf5;
 pub mod matrix;
+pub mod medians;
+pub mod pack;
 mod transpose;

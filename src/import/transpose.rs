@@ -39,7 +39,13 @@ impl Bucket {
             Some(*sum)
         }));
         let total = *offset.last().expect("one offset at least");
-        Bucket { first, cursor: offset[..row_entries.len()].to_vec(), offset, column: vec![0; total], count: vec![0.0; total] }
+        Bucket {
+            first,
+            cursor: offset[..row_entries.len()].to_vec(),
+            offset,
+            column: vec![0; total],
+            count: vec![0.0; total],
+        }
     }
 
     fn put(&mut self, row: u64, column: u32, count: f64) {
@@ -72,12 +78,20 @@ impl Bucket {
 }
 
 /// Hands out the rows of a column-compressed matrix in order.
-pub(super) fn stream(matrix: &Matrix, parts: Parts<'_>, pass: &Pass<'_>, each: &mut dyn FnMut(&RowBlock) -> Result<()>) -> Result<()> {
+pub(super) fn stream(
+    matrix: &Matrix,
+    parts: Parts<'_>,
+    pass: &Pass<'_>,
+    each: &mut dyn FnMut(&RowBlock) -> Result<()>,
+) -> Result<()> {
     let (rows, columns) = (matrix.rows(), matrix.columns());
     let offsets = parts.offsets(matrix.place(), columns, rows)?;
-    let mut row_entries = vec![0u32; usize::try_from(rows).map_err(|_| Error::input("too many rows").at(matrix.place()))?];
-    let indices = || Stream::new(parts.indices, parts.entries, |raw, out| decode_index(parts.index_type, raw, out));
-    let windows = || (0..parts.entries).step_by(WINDOW as usize).map(|from| (from, (from + WINDOW).min(parts.entries)));
+    let mut row_entries =
+        vec![0u32; usize::try_from(rows).map_err(|_| Error::input("too many rows").at(matrix.place()))?];
+    let indices =
+        || Stream::new(parts.indices, parts.entries, |raw, out| decode_index(parts.index_type, raw, out));
+    let windows =
+        || (0..parts.entries).step_by(WINDOW as usize).map(|from| (from, (from + WINDOW).min(parts.entries)));
     let mut stream = indices();
     for (from, to) in windows() {
         stream.take(from, to)?;
@@ -85,7 +99,11 @@ pub(super) fn stream(matrix: &Matrix, parts: Parts<'_>, pass: &Pass<'_>, each: &
             let Some(entries) = row_entries.get_mut(row as usize) else {
                 return Err(Error::input("a row index lies outside the matrix")
                     .at(format!("{}/indices[{}]", matrix.place(), from + n as u64))
-                    .found(if row == u32::MAX { "an index that is negative or huge".into() } else { row.to_string() })
+                    .found(if row == u32::MAX {
+                        "an index that is negative or huge".into()
+                    } else {
+                        row.to_string()
+                    })
                     .wanted(format!("indices from 0 to {}", rows.saturating_sub(1)))
                     .next("the file is damaged: write it again with anndata.write_h5ad"));
             };
@@ -96,15 +114,21 @@ pub(super) fn stream(matrix: &Matrix, parts: Parts<'_>, pass: &Pass<'_>, each: &
     let bounds = cut(&row_entries, budget);
     let buckets = bounds.len() - 1;
     if buckets > MAX_BUCKETS {
-        return Err(Error::environment("the matrix is stored by columns and too large to turn within the given memory")
-            .at(matrix.place())
-            .found(format!("{} entries", parts.entries))
-            .next(format!("give at least --memory {}M, or store the matrix as CSR", (parts.entries * ENTRY_BYTES * 3 / MAX_BUCKETS as u64 >> 20) + 1)));
+        return Err(Error::environment(
+            "the matrix is stored by columns and too large to turn within the given memory",
+        )
+        .at(matrix.place())
+        .found(format!("{} entries", parts.entries))
+        .next(format!(
+            "give at least --memory {}M, or store the matrix as CSR",
+            (parts.entries * ENTRY_BYTES * 3 / MAX_BUCKETS as u64 >> 20) + 1
+        )));
     }
     // Calls `put(row, column, count)` for every entry, columns ascending.
     let for_each_entry = |put: &mut dyn FnMut(u64, u32, f64) -> Result<()>| -> Result<()> {
         let mut indices = indices();
-        let mut data = Stream::new(parts.data, parts.entries, |raw, out| parts.data_type.decode_f64(raw, out));
+        let mut data =
+            Stream::new(parts.data, parts.entries, |raw, out| parts.data_type.decode_f64(raw, out));
         let mut column = 0usize;
         for (from, to) in windows() {
             let (a, b) = rayon::join(|| data.take(from, to), || indices.take(from, to));
@@ -126,7 +150,8 @@ pub(super) fn stream(matrix: &Matrix, parts: Parts<'_>, pass: &Pass<'_>, each: &
         })?;
         return bucket.hand_out(each);
     }
-    let fail = |e: std::io::Error| Error::io(pass.scratch, "write temporary files for turning a CSC matrix", &e);
+    let fail =
+        |e: std::io::Error| Error::io(pass.scratch, "write temporary files for turning a CSC matrix", &e);
     let buffer = ((pass.memory_bytes / 8) as usize / buckets).clamp(1 << 12, 1 << 18);
     let mut files = Vec::with_capacity(buckets);
     for n in 0..buckets {
