@@ -3,7 +3,8 @@
 //! An entry is looked up as an Ensembl gene id (`^ENS[A-Z]{0,4}G\d{11}(\.\d+)?$` in any case, version dropped), then as a token
 //! name, then as a symbol through the mapping file and through the vocabulary's own symbols, then as a symbol in upper case
 //! (counted apart: many of these mean another species). Recognition is per entry, never "most of the column". Without an
-//! explicit column, the column of `var` with most matches is taken, the index first among equals.
+//! explicit column, a column of `var` that is mostly Ensembl ids is taken if at least half of what could match does, and else the
+//! one with most matches, the index first among equals.
 //!
 //! The share that decides failure is matched / min(entries of the file, genes of the vocabulary): a file annotated with 60,000
 //! genes is fine when it covers the vocabulary's 25,000, a panel of 500 genes is fine when its genes are known, and a wrong
@@ -331,17 +332,29 @@ pub fn map_genes(
             })?;
             map_column(column, vocab, options.symbols)
         }
-        None => columns
-            .iter()
-            .map(|c| map_column(c, vocab, options.symbols))
-            // The first of the best: `max_by_key` would give the last.
-            .reduce(|best, m| if m.report.matched > best.report.matched { m } else { best })
-            .ok_or_else(|| Error::input("there is no column of gene names").at(place))?,
+        None => {
+            let best = |columns: &mut dyn Iterator<Item = &NameColumn>| {
+                columns
+                    .map(|c| map_column(c, vocab, options.symbols))
+                    // The first of the best: `max_by_key` would give the last.
+                    .reduce(|best, m| if m.report.matched > best.report.matched { m } else { best })
+            };
+            // Ids say exactly what they mean, symbols do not: a column of ids wins as soon as it is good enough.
+            best(&mut columns.iter().filter(|c| looks_ensembl(c)))
+                .filter(|m| m.report.share >= options.min_match.max(0.5))
+                .or_else(|| best(&mut columns.iter()))
+                .ok_or_else(|| Error::input("there is no column of gene names").at(place))?
+        }
     };
     if mapping.report.matched == 0 || mapping.report.share < options.min_match {
         return Err(too_few(columns, vocab, &mapping.report, options, place));
     }
     Ok(mapping)
+}
+
+/// Are most entries Ensembl gene ids?
+fn looks_ensembl(column: &NameColumn) -> bool {
+    2 * column.values.iter().filter(|v| ensembl_id(v).is_some()).count() > column.values.len()
 }
 
 fn too_few(
@@ -351,10 +364,6 @@ fn too_few(
     options: MappingOptions<'_>,
     place: &str,
 ) -> Error {
-    let looks_ensembl = |c: &&NameColumn| {
-        let ids = c.values.iter().filter(|v| ensembl_id(v).is_some()).count();
-        2 * ids > c.values.len()
-    };
     let samples = |c: &NameColumn| {
         let some: Vec<String> = c
             .values
@@ -366,7 +375,7 @@ fn too_few(
         some.join(", ")
     };
     let sample = columns.iter().find(|c| c.name == r.column).map_or(String::new(), samples);
-    let next = match columns.iter().find(looks_ensembl) {
+    let next = match columns.iter().find(|c| looks_ensembl(c)) {
         Some(c) if c.name != r.column => format!("--genes {} (that column holds Ensembl ids: {})", c.name, samples(c)),
         Some(_) => "these are Ensembl ids that the vocabulary lacks: another species, or the wrong --vocab? \
                     --min-gene-match lowers the bar"
