@@ -21,6 +21,7 @@ mod rows;
 pub mod scratch;
 pub mod simd;
 mod structure;
+pub mod simd_vector;
 
 pub use buffer::Buf;
 

@@ -1,39 +1,249 @@
-//! Attention on the CPU: row by row, a probability row at a time.
+//! Attention on the CPU: tiles of queries against blocks of keys, in registers and the first-level cache.
+//!
+//! The work is cut by cell, head and block of queries, and how a cell is cut depends on its length alone: results have the
+//! same bits for any number of threads and in any batch. `panel` packs a cell's keys and values and says which keys a tile
+//! visits, `forward` and `backward` hold the two recurrences, `tile` their one matrix product, `dropout` the kept pairs.
+//! All of it is written once over [`Vector`](super::simd_vector::Vector) and compiled for AVX-512, for AVX2 and for any machine.
 
+mod backward;
+mod dropout;
+mod forward;
+mod panel;
+mod tile;
+
+use super::scratch;
 use super::{Buf, Cpu};
-use crate::device::{Act, Dropout};
+use crate::device::Act;
 use crate::error::Result;
 use crate::ops::gene_attention::{BackwardIn, Dims, GeneAttention, In, Pattern};
-use crate::rng::{ATTENTION_ROW_STRIDE, dropout_scale, dropout_threshold, lane16, stream_block};
+use panel::Job;
 use rayon::prelude::*;
 
+/// Queries of a tile: three vectors, which with eight keys make 24 accumulators.
+const TILE: usize = 48;
+/// Keys of a block: Sᵀ (64, 48) is 12 KiB of the 32 KiB first-level cache.
+const BLOCK: usize = 64;
+/// Queries of a forward item: K and V are packed once for 8 tiles, below 1 % of their arithmetic.
+const FORWARD_ITEM: usize = 8 * TILE;
+/// Queries that make a further backward chunk, and the most chunks of a cell: each holds its own dK and dV.
+const BACKWARD_ITEM: usize = 1024;
+/// See [`BACKWARD_ITEM`].
+const BACKWARD_CHUNKS: usize = 4;
+/// Stands for a pair that does not attend: finite, so that differences of two of them are not NaN.
+const MASKED: f32 = -1e30;
+
+/// Instruction sets that the kernels are compiled for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Isa {
+    /// AVX-512 F, BW, DQ, VL.
+    Avx512,
+    /// AVX2 and FMA.
+    Avx2,
+    /// Whatever the program was compiled for.
+    Portable,
+}
+
+impl Isa {
+    /// Those that this processor has, best first.
+    pub fn available() -> Vec<Isa> {
+        let mut all = vec![];
+        #[cfg(target_arch = "x86_64")]
+        {
+            all.extend(super::simd::has_avx512().then_some(Isa::Avx512));
+            all.extend(super::simd::has_avx2().then_some(Isa::Avx2));
+        }
+        all.push(Isa::Portable);
+        all
+    }
+
+    /// The best that this processor has.
+    pub fn best() -> Isa {
+        #[cfg(target_arch = "x86_64")]
+        {
+            if super::simd::has_avx512() {
+                return Isa::Avx512;
+            }
+            if super::simd::has_avx2() {
+                return Isa::Avx2;
+            }
+        }
+        Isa::Portable
+    }
+}
+
 /// A pointer that several threads write through, each to elements of its own.
-struct Shared<T>(*mut T);
-// SAFETY: every user writes elements that no other thread touches: the rows of its own (cell, head).
+pub struct Shared<T>(*mut T);
+// SAFETY: every user writes elements that no other thread touches: queries of its own item, columns of its own head.
 unsafe impl<T> Sync for Shared<T> {}
+// SAFETY: as above.
+unsafe impl<T> Send for Shared<T> {}
 impl<T> Shared<T> {
+    #[inline(always)]
     fn at(&self, i: usize) -> *mut T {
         self.0.wrapping_add(i)
     }
 }
 
-fn attends(pattern: Pattern, global: Option<&[u8]>, start: usize, i: usize, j: usize) -> bool {
-    match (pattern, global) {
-        (Pattern::MarkerSparse { window }, Some(g)) => {
-            g[start + i] != 0 || g[start + j] != 0 || i.abs_diff(j) <= window
+/// Defines `$name`, which runs `$module::$body::<V, A>` compiled for the instruction set in its first argument.
+macro_rules! per_isa {
+    ($(#[$meta:meta])* $name:ident = $module:ident::$body:ident, ($($arg:ident: $type:ty),* $(,)?)) => {
+        $(#[$meta])*
+        #[allow(clippy::too_many_arguments)] // a kernel's argument list
+        unsafe fn $name<A: Act>(isa: Isa, $($arg: $type),*) {
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+            #[allow(clippy::too_many_arguments)]
+            unsafe fn wide<A: Act>($($arg: $type),*) {
+                // SAFETY: the features are enabled here; the rest is the caller's.
+                unsafe { $module::$body::<super::simd_vector::Avx512, A>($($arg),*) }
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma")]
+            #[allow(clippy::too_many_arguments)]
+            unsafe fn medium<A: Act>($($arg: $type),*) {
+                // SAFETY: the features are enabled here; the rest is the caller's.
+                unsafe { $module::$body::<super::simd_vector::Avx2, A>($($arg),*) }
+            }
+            // SAFETY: the caller vouches for the instruction set and the rest.
+            unsafe {
+                match isa {
+                    #[cfg(target_arch = "x86_64")]
+                    Isa::Avx512 => wide::<A>($($arg),*),
+                    #[cfg(target_arch = "x86_64")]
+                    Isa::Avx2 => medium::<A>($($arg),*),
+                    _ => $module::$body::<super::simd_vector::Portable, A>($($arg),*),
+                }
+            }
         }
-        _ => true,
+    };
+}
+
+per_isa! {
+    /// # Safety
+    /// See [`forward::item`].
+    forward_item = forward::item,
+    (job: &Job<'_, A>, out: &forward::Out<A>, cell: usize, head: usize, first: usize, end: usize)
+}
+per_isa! {
+    /// # Safety
+    /// See [`backward::item`].
+    backward_item = backward::item,
+    (job: &Job<'_, A>, g: &backward::Gradients<'_, A>, cell: usize, head: usize, first: usize, end: usize,
+     partial: *mut f32)
+}
+per_isa! {
+    /// # Safety
+    /// See [`backward::store_keys`].
+    store_keys = backward::store_keys,
+    (job: &Job<'_, A>, g: &backward::Gradients<'_, A>, cell: usize, head: usize, chunks: &[*mut f32])
+}
+
+fn job<'a, A: Act>(dims: Dims, input: &'a In<'_, Cpu, A>) -> Job<'a, A> {
+    let sparse = match (dims.pattern, input.global) {
+        (Pattern::MarkerSparse { window }, Some(global)) => Some((&**global, window)),
+        _ => None,
+    };
+    Job {
+        qkv: input.qkv,
+        cell_start: input.cell_start,
+        sparse,
+        heads: dims.heads,
+        head_width: dims.head_width,
+        dropout: input.dropout,
     }
 }
 
-/// 0 for a dropped pair, the inverse keep probability for a kept one.
-fn kept(d: &Dropout, row: u64, j: usize) -> f32 {
-    if d.probability == 0.0 {
-        return 1.0;
+/// Chunks of queries that a cell's backward pass is cut into.
+fn chunks(len: usize) -> usize {
+    (len / BACKWARD_ITEM).clamp(1, BACKWARD_CHUNKS)
+}
+
+/// The forward pass on one instruction set, which must be [available](Isa::available); shapes as in
+/// [`forward`](crate::ops::gene_attention::forward), and checked there.
+pub fn forward_on<A: Act>(isa: Isa, dims: Dims, input: In<'_, Cpu, A>, o: &mut Buf<A>, lse: &mut Buf<f32>) {
+    assert!(Isa::available().contains(&isa), "{isa:?} is not available here");
+    let job = job(dims, &input);
+    let out = forward::Out { o: Shared(o.as_mut_ptr()), lse: Shared(lse.as_mut_ptr()) };
+    let blocks = |cell| job.cell(cell).1.div_ceil(FORWARD_ITEM);
+    let count: usize = (0..dims.cells).map(blocks).sum();
+    let mut list = scratch::take(8 * count);
+    let items = list.slice::<[u32; 2]>(count);
+    let all =
+        (0..dims.cells).flat_map(|cell| (0..blocks(cell)).map(move |block| [cell as u32, block as u32]));
+    items.iter_mut().zip(all).for_each(|(item, x)| *item = x);
+    let items = &*items;
+    (0..count * dims.heads).into_par_iter().with_max_len(1).for_each(|i| {
+        let ([cell, block], head) = (items[i / dims.heads].map(|x| x as usize), i % dims.heads);
+        let first = block * FORWARD_ITEM;
+        let end = (first + FORWARD_ITEM).min(job.cell(cell).1);
+        // SAFETY: the instruction set is available; items hold distinct queries or heads; the shapes were checked.
+        unsafe { forward_item(isa, &job, &out, cell, head, first, end) }
+    });
+}
+
+/// The backward pass on one instruction set; see [`forward_on`].
+pub fn backward_on<A: Act>(
+    isa: Isa,
+    dims: Dims,
+    input: In<'_, Cpu, A>,
+    backward: BackwardIn<'_, Cpu, A>,
+    dqkv: &mut Buf<A>,
+    delta: &mut Buf<f32>,
+) {
+    assert!(Isa::available().contains(&isa), "{isa:?} is not available here");
+    let job = job(dims, &input);
+    let gradients = backward::Gradients {
+        do_: backward.do_,
+        o: backward.o,
+        lse: backward.lse,
+        dqkv: Shared(dqkv.as_mut_ptr()),
+        delta: Shared(delta.as_mut_ptr()),
+    };
+    let of = |cell| chunks(job.cell(cell).1);
+    let count: usize = (0..dims.cells).map(of).sum();
+    // One entry per (cell, chunk): cell, chunk, and where its heads' partial sums start, in multiples of 16 floats.
+    let mut list = scratch::take(16 * count);
+    let items = list.slice::<[u32; 4]>(count);
+    let (mut floats, mut filled) = (0, 0);
+    for cell in 0..dims.cells {
+        for chunk in 0..of(cell) {
+            items[filled] = [cell as u32, chunk as u32, (floats / 16) as u32, 0];
+            filled += 1;
+            if of(cell) > 1 {
+                floats += dims.heads * backward::partial_len(&job, cell);
+            }
+        }
     }
-    let element = row * ATTENTION_ROW_STRIDE + j as u64;
-    let lane = lane16(stream_block(d.seed, d.step, d.site, element / 8), element);
-    if lane < dropout_threshold(d.probability) { 0.0 } else { dropout_scale(d.probability) }
+    let items = &*items;
+    let mut partials = scratch::take(4 * floats);
+    let partials = Shared(partials.slice::<f32>(floats).as_mut_ptr());
+    let partial = |item: usize, head: usize| {
+        let [cell, _, at, _] = items[item].map(|x| x as usize);
+        partials.at(at * 16 + head * backward::partial_len(&job, cell))
+    };
+    (0..count * dims.heads).into_par_iter().with_max_len(1).for_each(|i| {
+        let (item, head) = (i / dims.heads, i % dims.heads);
+        let [cell, chunk, ..] = items[item].map(|x| x as usize);
+        let (len, chunks) = (job.cell(cell).1, of(cell));
+        let share = len.div_ceil(chunks).next_multiple_of(TILE);
+        let (first, end) = (chunk * share, ((chunk + 1) * share).min(len));
+        let to = if chunks > 1 { partial(item, head) } else { std::ptr::null_mut() };
+        // SAFETY: as in the forward pass; each chunk has its own partial sums, and a cell's only chunk its own columns.
+        unsafe { backward_item(isa, &job, &gradients, cell, head, first, end, to) }
+    });
+    (0..count * dims.heads).into_par_iter().with_max_len(1).for_each(|i| {
+        let (item, head) = (i / dims.heads, i % dims.heads);
+        let [cell, chunk, ..] = items[item].map(|x| x as usize);
+        let chunks = of(cell);
+        if chunk == 0 && chunks > 1 {
+            let mut all = [std::ptr::null_mut(); BACKWARD_CHUNKS];
+            for (c, pointer) in all.iter_mut().enumerate().take(chunks) {
+                *pointer = partial(item + c, head);
+            }
+            // SAFETY: the chunks are finished; this cell and head is this item's alone.
+            unsafe { store_keys(isa, &job, &gradients, cell, head, &all[..chunks]) }
+        }
+    });
 }
 
 impl<A: Act> GeneAttention<A> for Cpu {
@@ -44,47 +254,7 @@ impl<A: Act> GeneAttention<A> for Cpu {
         o: &mut Buf<A>,
         lse: &mut Buf<f32>,
     ) -> Result<()> {
-        let (h, k, d) = (dims.heads, dims.head_width, dims.width());
-        let qkv: &[A] = input.qkv;
-        let starts: &[u32] = input.cell_start;
-        let global: Option<&[u8]> = input.global.map(|g| &**g);
-        let (o, lse) = (Shared(o.as_mut_ptr()), Shared(lse.as_mut_ptr()));
-        let scale = (k as f32).sqrt().recip();
-        (0..dims.cells * h).into_par_iter().for_each(|item| {
-            let (cell, head) = (item / h, item % h);
-            let (start, end) = (starts[cell] as usize, starts[cell + 1] as usize);
-            let len = end - start;
-            let part = |i: usize, third: usize| &qkv[(start + i) * 3 * d + third * d + head * k..][..k];
-            let (mut p, mut sum) = (vec![0f32; len], vec![0f32; k]);
-            for i in 0..len {
-                let q = part(i, 0);
-                let mut max = f32::NEG_INFINITY;
-                for (j, p) in p.iter_mut().enumerate() {
-                    *p = f32::NEG_INFINITY;
-                    if attends(dims.pattern, global, start, i, j) {
-                        *p = scale
-                            * q.iter().zip(part(j, 1)).map(|(a, b)| a.to_f32() * b.to_f32()).sum::<f32>();
-                        max = max.max(*p);
-                    }
-                }
-                let row = (input.dropout.first_row + (start + i) as u64) * h as u64 + head as u64;
-                let mut l = 0f32;
-                sum.fill(0.0);
-                for (j, p) in p.iter().enumerate().filter(|(_, p)| **p != f32::NEG_INFINITY) {
-                    let e = (p - max).exp();
-                    l += e;
-                    let e = e * kept(&input.dropout, row, j);
-                    sum.iter_mut().zip(part(j, 2)).for_each(|(s, v)| *s += e * v.to_f32());
-                }
-                // SAFETY: row i of this cell and head belongs to this item alone, and lies inside the checked buffers.
-                unsafe {
-                    *lse.at((start + i) * h + head) = max + l.ln();
-                    for (c, s) in sum.iter().enumerate() {
-                        *o.at((start + i) * d + head * k + c) = A::from_f32(s / l);
-                    }
-                }
-            }
-        });
+        forward_on(Isa::best(), dims, input, o, lse);
         Ok(())
     }
 
@@ -96,53 +266,14 @@ impl<A: Act> GeneAttention<A> for Cpu {
         dqkv: &mut Buf<A>,
         delta: &mut Buf<f32>,
     ) -> Result<()> {
-        let (h, k, d) = (dims.heads, dims.head_width, dims.width());
-        let qkv: &[A] = input.qkv;
-        let starts: &[u32] = input.cell_start;
-        let global: Option<&[u8]> = input.global.map(|g| &**g);
-        let (dqkv, delta) = (Shared(dqkv.as_mut_ptr()), Shared(delta.as_mut_ptr()));
-        let scale = (k as f32).sqrt().recip();
-        let dot = |a: &[A], b: &[A]| a.iter().zip(b).map(|(a, b)| a.to_f32() * b.to_f32()).sum::<f32>();
-        (0..dims.cells * h).into_par_iter().for_each(|item| {
-            let (cell, head) = (item / h, item % h);
-            let (start, end) = (starts[cell] as usize, starts[cell + 1] as usize);
-            let len = end - start;
-            let part = |i: usize, third: usize| &qkv[(start + i) * 3 * d + third * d + head * k..][..k];
-            let row_of =
-                |x: &'_ Buf<A>, i: usize| -> Vec<A> { x[(start + i) * d + head * k..][..k].to_vec() };
-            let mut sums = vec![0f32; 3 * len * k];
-            let (dq, rest) = sums.split_at_mut(len * k);
-            let (dk, dv) = rest.split_at_mut(len * k);
-            for i in 0..len {
-                let (q, do_, o) = (part(i, 0), row_of(backward.do_, i), row_of(backward.o, i));
-                let delta_i = dot(&do_, &o);
-                // SAFETY: row i of this cell and head belongs to this item alone, and lies inside the checked buffer.
-                unsafe { *delta.at((start + i) * h + head) = delta_i };
-                let row = (input.dropout.first_row + (start + i) as u64) * h as u64 + head as u64;
-                let lse = backward.lse[(start + i) * h + head];
-                for j in (0..len).filter(|j| attends(dims.pattern, global, start, i, *j)) {
-                    let p = (scale * dot(q, part(j, 1)) - lse).exp();
-                    let keep = kept(&input.dropout, row, j);
-                    let ds = p * (keep * dot(&do_, part(j, 2)) - delta_i) * scale;
-                    for c in 0..k {
-                        dv[j * k + c] += p * keep * do_[c].to_f32();
-                        dq[i * k + c] += ds * part(j, 1)[c].to_f32();
-                        dk[j * k + c] += ds * q[c].to_f32();
-                    }
-                }
-            }
-            for (third, sums) in [&*dq, &*dk, &*dv].into_iter().enumerate() {
-                for i in 0..len {
-                    for c in 0..k {
-                        // SAFETY: as above, for the three parts of dqkv.
-                        unsafe {
-                            *dqkv.at((start + i) * 3 * d + third * d + head * k + c) =
-                                A::from_f32(sums[i * k + c])
-                        };
-                    }
-                }
-            }
-        });
+        backward_on(Isa::best(), dims, input, backward, dqkv, delta);
         Ok(())
     }
+}
+
+/// Multiply-add FLOPs of the two directions over the pairs that attend (`pairs` = Σ len² when dense): 4·D per pair forward
+/// (two products), 10·D backward (five). Softmax is not counted.
+pub fn flops(dims: Dims, pairs: u64) -> (f64, f64) {
+    let forward = 4.0 * dims.width() as f64 * pairs as f64;
+    (forward, 2.5 * forward)
 }

@@ -1,0 +1,104 @@
+//! Which pairs are kept, for sixteen queries at a time.
+//!
+//! Element (row, key) of the probabilities is lane `key % 8` of Philox block `row · 8192 + key / 8`
+//! ([`crate::ops::gene_attention`]), so one block per query decides on eight consecutive keys. The sixteen blocks of a
+//! vector of queries are drawn together, and the answer is one bit mask per key with a bit per query.
+
+use super::BLOCK;
+use super::panel::{Order, Run};
+use crate::cpu::simd_vector::{LANES, Vector};
+use crate::device::Dropout;
+use crate::rng::{dropout_scale, dropout_threshold};
+
+/// Blocks per row: [`ATTENTION_ROW_STRIDE`](crate::rng::ATTENTION_ROW_STRIDE) / 8.
+const ROW_BLOCKS: u64 = crate::rng::ATTENTION_ROW_STRIDE / 8;
+
+/// The draws of one tile of queries.
+pub struct Draws {
+    dropout: Dropout,
+    /// Lowest and highest word of each row's first block number.
+    low: [u32; super::TILE],
+    high: [u32; super::TILE],
+    /// What kept probabilities are multiplied by.
+    pub scale: f32,
+}
+
+impl Draws {
+    /// `row(lane)` is the dropout row of a query of the tile: (first_row + token) · H + head.
+    pub fn new(dropout: Dropout, row: impl Fn(usize) -> u64) -> Draws {
+        let block = |lane| row(lane) * ROW_BLOCKS;
+        Draws {
+            dropout,
+            low: std::array::from_fn(|lane| block(lane) as u32),
+            high: std::array::from_fn(|lane| (block(lane) >> 32) as u32),
+            scale: dropout_scale(dropout.probability),
+        }
+    }
+
+    /// Kept queries among lanes 16·v … 16·v + 15 for each of the keys `8·block … 8·block + 7` of the cell.
+    ///
+    /// # Safety
+    /// The instruction set of V is present.
+    #[inline(always)]
+    pub unsafe fn keys<V: Vector>(&self, block: u32, v: usize) -> [u16; 8] {
+        const M: [u64; 2] = [0xD251_1F53, 0xCD9E_8D57];
+        const W: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
+        let (mut c0, mut c1) = ([0u32; LANES], [0u32; LANES]);
+        let (mut c2, mut c3) = ([self.dropout.step; LANES], [self.dropout.site; LANES]);
+        for i in 0..LANES {
+            // A row starts at a multiple of 8192, so this cannot carry into the high word.
+            c0[i] = self.low[v * LANES + i] | block;
+            c1[i] = self.high[v * LANES + i];
+        }
+        let mut key = [self.dropout.seed as u32, (self.dropout.seed >> 32) as u32];
+        for _ in 0..10 {
+            for i in 0..LANES {
+                let p0 = c0[i] as u64 * M[0];
+                let p1 = c2[i] as u64 * M[1];
+                c0[i] = (p1 >> 32) as u32 ^ c1[i] ^ key[0];
+                c1[i] = p1 as u32;
+                c2[i] = (p0 >> 32) as u32 ^ c3[i] ^ key[1];
+                c3[i] = p0 as u32;
+            }
+            key = [key[0].wrapping_add(W[0]), key[1].wrapping_add(W[1])];
+        }
+        let threshold = dropout_threshold(self.dropout.probability) << 16;
+        let mut bits = [0; 8];
+        for (w, words) in [c0, c1, c2, c3].iter_mut().enumerate() {
+            // SAFETY: the caller vouches for the instruction set.
+            unsafe {
+                // A half compared in the upper 16 bits: what lies below cannot lift it over the threshold.
+                bits[2 * w + 1] = V::at_least(words, threshold);
+                for word in words.iter_mut() {
+                    *word <<= 16;
+                }
+                bits[2 * w] = V::at_least(words, threshold);
+            }
+        }
+        bits
+    }
+
+    /// Kept queries for each panel row of a block.
+    ///
+    /// # Safety
+    /// The instruction set of V is present.
+    #[inline(always)]
+    pub unsafe fn block<V: Vector, const N: usize>(
+        &self,
+        order: &Order<'_>,
+        block: Run,
+        bits: &mut [[u16; N]; BLOCK],
+    ) {
+        let step = if block.consecutive { 8 } else { 1 };
+        for group in (0..block.count).step_by(step) {
+            let key = order.keys[block.begin + group];
+            for v in 0..N {
+                // SAFETY: the caller vouches for the instruction set.
+                let drawn = unsafe { self.keys::<V>(key / 8, v) };
+                for t in 0..step.min(block.count - group) {
+                    bits[group + t][v] = drawn[(key as usize + t) % 8];
+                }
+            }
+        }
+    }
+}

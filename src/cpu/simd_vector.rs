@@ -1,0 +1,435 @@
+//! Sixteen f32 lanes under one name on every machine: one AVX-512 register, two AVX2 registers, or an array.
+//!
+//! A kernel is written once, generic over [`Vector`], marked `#[inline(always)]`, and instantiated inside a function with
+//! the matching `#[target_feature]`; see [`gene_attention`](crate::cpu::gene_attention). Values come into being through the
+//! unsafe constructors [`Vector::splat`] and [`Vector::load`] alone, so a value is proof that the processor has the
+//! instructions, and the arithmetic on values is safe.
+//!
+//! `2^x`: with n = round(x) and f = x - n in [-½, ½], `2^x = 2^n · p(f)`, p a polynomial of degree 5 with p(0) = 1 exactly,
+//! minimax in relative error (1.1e-7); in all at most 2 ulp for results in the normal range. Below 2^-126 the result is 0 or
+//! (AVX-512) the denormal. Arguments above 128 give infinity on AVX-512 and are not allowed elsewhere; NaN is not an input.
+
+#![allow(clippy::missing_safety_doc)] // said once, in the trait
+
+/// Lanes of a [`Vector`].
+pub const LANES: usize = 16;
+
+/// p(f) ≈ 2^f on [-½, ½]: coefficients of f¹ … f⁵ (Lawson iteration; the constant is 1).
+const EXP2: [f32; 5] = [6.931_470_0e-1, 2.402_224_3e-1, 5.550_733_6e-2, 9.671_513e-3, 1.326_472_7e-3];
+
+/// Sixteen f32.
+///
+/// # Safety
+/// The constructors (`splat`, `load`) may run only where the instruction set of the type is present; pointers must be valid
+/// for sixteen f32. There is no alignment to keep.
+pub trait Vector: Copy {
+    /// Rows of a matrix tile whose accumulators fit the register file beside three vectors of B.
+    const ROWS: usize;
+    /// x in every lane.
+    unsafe fn splat(x: f32) -> Self;
+    /// Sixteen f32 at `p`.
+    unsafe fn load(p: *const f32) -> Self;
+    /// Writes the lanes to `p`.
+    unsafe fn store(self, p: *mut f32);
+    /// Lane by lane.
+    fn add(self, b: Self) -> Self;
+    /// Lane by lane.
+    fn sub(self, b: Self) -> Self;
+    /// Lane by lane.
+    fn mul(self, b: Self) -> Self;
+    /// Lane by lane.
+    fn max(self, b: Self) -> Self;
+    /// self · b + c, rounded once where the machine can.
+    fn mul_add(self, b: Self, c: Self) -> Self;
+    /// 2^self.
+    fn exp2(self) -> Self;
+    /// Bit i: lane i of self is greater than that of b.
+    fn greater(self, b: Self) -> u16;
+    /// Lane i of self where bit i is set, of `other` elsewhere.
+    fn select(self, bits: u16, other: Self) -> Self;
+    /// Lane i where bit i is set, 0 elsewhere.
+    fn keep(self, bits: u16) -> Self;
+    /// Bit i: words\[i\] is at least `threshold`, unsigned.
+    unsafe fn at_least(words: &[u32; LANES], threshold: u32) -> u16;
+    /// Rows become columns.
+    fn transpose(rows: [Self; LANES]) -> [Self; LANES];
+}
+
+/// Any machine: arrays that the compiler maps onto the registers it has.
+#[derive(Clone, Copy)]
+pub struct Portable([f32; LANES]);
+
+impl Portable {
+    #[inline(always)]
+    fn zip(self, b: Self, f: impl Fn(f32, f32) -> f32) -> Self {
+        Portable(std::array::from_fn(|i| f(self.0[i], b.0[i])))
+    }
+}
+
+impl Vector for Portable {
+    const ROWS: usize = 1;
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self {
+        Portable([x; LANES])
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self {
+        // SAFETY: valid for sixteen f32 by contract.
+        Portable(unsafe { p.cast::<[f32; LANES]>().read_unaligned() })
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32) {
+        // SAFETY: as above.
+        unsafe { p.cast::<[f32; LANES]>().write_unaligned(self.0) }
+    }
+    #[inline(always)]
+    fn add(self, b: Self) -> Self {
+        self.zip(b, |a, b| a + b)
+    }
+    #[inline(always)]
+    fn sub(self, b: Self) -> Self {
+        self.zip(b, |a, b| a - b)
+    }
+    #[inline(always)]
+    fn mul(self, b: Self) -> Self {
+        self.zip(b, |a, b| a * b)
+    }
+    #[inline(always)]
+    fn max(self, b: Self) -> Self {
+        self.zip(b, |a, b| if a > b { a } else { b })
+    }
+    #[inline(always)]
+    fn mul_add(self, b: Self, c: Self) -> Self {
+        self.mul(b).add(c)
+    }
+    #[inline(always)]
+    fn exp2(self) -> Self {
+        /// 1.5 · 2^23: adding it rounds to the nearest integer and leaves that integer in the low bits.
+        const ROUND: f32 = 12_582_912.0;
+        Portable(self.0.map(|x| {
+            let clamped = if x < -126.0 { -126.0 } else { x };
+            let t = clamped + ROUND;
+            let f = clamped - (t - ROUND);
+            let p = EXP2.iter().rev().fold(0.0, |p, c| (p + c) * f) + 1.0;
+            let y = f32::from_bits(p.to_bits().wrapping_add(t.to_bits() << 23));
+            if x < -126.0 { 0.0 } else { y }
+        }))
+    }
+    #[inline(always)]
+    fn greater(self, b: Self) -> u16 {
+        (0..LANES).fold(0, |bits, i| bits | u16::from(self.0[i] > b.0[i]) << i)
+    }
+    #[inline(always)]
+    fn select(self, bits: u16, other: Self) -> Self {
+        Portable(std::array::from_fn(|i| if bits >> i & 1 != 0 { self.0[i] } else { other.0[i] }))
+    }
+    #[inline(always)]
+    fn keep(self, bits: u16) -> Self {
+        self.select(bits, Portable([0.0; LANES]))
+    }
+    #[inline(always)]
+    unsafe fn at_least(words: &[u32; LANES], threshold: u32) -> u16 {
+        (0..LANES).fold(0, |bits, i| bits | u16::from(words[i] >= threshold) << i)
+    }
+    #[inline(always)]
+    fn transpose(rows: [Self; LANES]) -> [Self; LANES] {
+        std::array::from_fn(|c| Portable(std::array::from_fn(|r| rows[r].0[c])))
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+pub use x86::{Avx2, Avx512};
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::{EXP2, LANES, Vector};
+    use std::arch::x86_64::*;
+
+    /// One AVX-512 register (features F, BW, DQ, VL).
+    #[derive(Clone, Copy)]
+    pub struct Avx512(pub __m512);
+
+    /// Two AVX registers (features AVX2, FMA).
+    #[derive(Clone, Copy)]
+    pub struct Avx2(pub __m256, pub __m256);
+
+    /// Methods on values: the value proves that the features are there.
+    macro_rules! on_values {
+        ($($name:ident($($arg:ident: $type:ty),*) -> $ret:ty = $body:expr;)+) => {
+            $(#[inline(always)]
+            fn $name($($arg: $type),*) -> $ret {
+                // SAFETY: a value of this type was made by a constructor, whose caller vouched for the features.
+                unsafe { $body }
+            })+
+        };
+    }
+
+    impl Vector for Avx512 {
+        const ROWS: usize = 8;
+        #[inline(always)]
+        unsafe fn splat(x: f32) -> Self {
+            // SAFETY: the caller vouches for the features.
+            Avx512(unsafe { _mm512_set1_ps(x) })
+        }
+        #[inline(always)]
+        unsafe fn load(p: *const f32) -> Self {
+            // SAFETY: as above, and `p` is valid for sixteen f32.
+            Avx512(unsafe { _mm512_loadu_ps(p) })
+        }
+        #[inline(always)]
+        unsafe fn store(self, p: *mut f32) {
+            // SAFETY: as above.
+            unsafe { _mm512_storeu_ps(p, self.0) }
+        }
+        #[inline(always)]
+        unsafe fn at_least(words: &[u32; LANES], threshold: u32) -> u16 {
+            // SAFETY: as above; the array holds sixteen words.
+            unsafe {
+                let words = _mm512_loadu_si512(words.as_ptr().cast());
+                _mm512_cmpge_epu32_mask(words, _mm512_set1_epi32(threshold as i32))
+            }
+        }
+        #[inline(always)]
+        fn mul_add(self, b: Self, c: Self) -> Self {
+            // SAFETY: values prove the features.
+            Avx512(unsafe { _mm512_fmadd_ps(self.0, b.0, c.0) })
+        }
+        #[inline(always)]
+        fn exp2(self) -> Self {
+            // SAFETY: values prove the features.
+            unsafe {
+                let n = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(self.0);
+                let f = _mm512_sub_ps(self.0, n);
+                let mut p = _mm512_set1_ps(EXP2[4]);
+                for c in [EXP2[3], EXP2[2], EXP2[1], EXP2[0], 1.0] {
+                    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c));
+                }
+                Avx512(_mm512_scalef_ps(p, n))
+            }
+        }
+        on_values! {
+            add(self: Self, b: Self) -> Self = Avx512(_mm512_add_ps(self.0, b.0));
+            sub(self: Self, b: Self) -> Self = Avx512(_mm512_sub_ps(self.0, b.0));
+            mul(self: Self, b: Self) -> Self = Avx512(_mm512_mul_ps(self.0, b.0));
+            max(self: Self, b: Self) -> Self = Avx512(_mm512_max_ps(self.0, b.0));
+            greater(self: Self, b: Self) -> u16 = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(self.0, b.0);
+            select(self: Self, bits: u16, other: Self) -> Self = Avx512(_mm512_mask_mov_ps(other.0, bits, self.0));
+            keep(self: Self, bits: u16) -> Self = Avx512(_mm512_maskz_mov_ps(bits, self.0));
+        }
+        #[inline(always)]
+        fn transpose(r: [Self; LANES]) -> [Self; LANES] {
+            // SAFETY: values prove the features.
+            unsafe {
+                let r = r.map(|x| x.0);
+                // 4×4 blocks inside the 128-bit lanes: pairs of rows, then pairs of pairs.
+                let mut t = [_mm512_setzero_ps(); 16];
+                for i in (0..16).step_by(4) {
+                    let (a, b) = (_mm512_unpacklo_ps(r[i], r[i + 1]), _mm512_unpacklo_ps(r[i + 2], r[i + 3]));
+                    let (c, d) = (_mm512_unpackhi_ps(r[i], r[i + 1]), _mm512_unpackhi_ps(r[i + 2], r[i + 3]));
+                    t[i] = _mm512_shuffle_ps::<0b01_00_01_00>(a, b);
+                    t[i + 1] = _mm512_shuffle_ps::<0b11_10_11_10>(a, b);
+                    t[i + 2] = _mm512_shuffle_ps::<0b01_00_01_00>(c, d);
+                    t[i + 3] = _mm512_shuffle_ps::<0b11_10_11_10>(c, d);
+                }
+                // t[4·b + c] holds, in lane l, column 4·l + c of rows 4·b … 4·b + 3: transpose the 4×4 grid of lanes.
+                let mut out = [Avx512(_mm512_setzero_ps()); 16];
+                for c in 0..4 {
+                    let a = _mm512_shuffle_f32x4::<0b10_00_10_00>(t[c], t[4 + c]);
+                    let b = _mm512_shuffle_f32x4::<0b11_01_11_01>(t[c], t[4 + c]);
+                    let d = _mm512_shuffle_f32x4::<0b10_00_10_00>(t[8 + c], t[12 + c]);
+                    let e = _mm512_shuffle_f32x4::<0b11_01_11_01>(t[8 + c], t[12 + c]);
+                    out[c] = Avx512(_mm512_shuffle_f32x4::<0b10_00_10_00>(a, d));
+                    out[4 + c] = Avx512(_mm512_shuffle_f32x4::<0b10_00_10_00>(b, e));
+                    out[8 + c] = Avx512(_mm512_shuffle_f32x4::<0b11_01_11_01>(a, d));
+                    out[12 + c] = Avx512(_mm512_shuffle_f32x4::<0b11_01_11_01>(b, e));
+                }
+                out
+            }
+        }
+    }
+
+    /// 2^x of eight lanes, by the integer in the low bits of x + 1.5·2^23.
+    ///
+    /// # Safety
+    /// AVX2 and FMA are present.
+    #[inline(always)]
+    unsafe fn exp2_256(x: __m256) -> __m256 {
+        // SAFETY: the caller vouches for the features.
+        unsafe {
+            let round = _mm256_set1_ps(12_582_912.0);
+            let low = _mm256_set1_ps(-126.0);
+            let clamped = _mm256_max_ps(x, low);
+            let t = _mm256_add_ps(clamped, round);
+            let f = _mm256_sub_ps(clamped, _mm256_sub_ps(t, round));
+            let mut p = _mm256_set1_ps(EXP2[4]);
+            for c in [EXP2[3], EXP2[2], EXP2[1], EXP2[0], 1.0] {
+                p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(c));
+            }
+            let exponent = _mm256_slli_epi32::<23>(_mm256_castps_si256(t));
+            let y = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent));
+            _mm256_andnot_ps(_mm256_cmp_ps::<_CMP_LT_OQ>(x, low), y)
+        }
+    }
+
+    /// All ones in the lanes whose bit is set.
+    ///
+    /// # Safety
+    /// AVX2 is present.
+    #[inline(always)]
+    unsafe fn mask_256(bits: u16) -> __m256 {
+        // SAFETY: the caller vouches for the features.
+        unsafe {
+            let lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+            let set = _mm256_and_si256(_mm256_set1_epi32(bits as i32), lane);
+            _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane))
+        }
+    }
+
+    impl Vector for Avx2 {
+        const ROWS: usize = 2;
+        #[inline(always)]
+        unsafe fn splat(x: f32) -> Self {
+            // SAFETY: the caller vouches for the features.
+            let x = unsafe { _mm256_set1_ps(x) };
+            Avx2(x, x)
+        }
+        #[inline(always)]
+        unsafe fn load(p: *const f32) -> Self {
+            // SAFETY: as above, and `p` is valid for sixteen f32.
+            unsafe { Avx2(_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8))) }
+        }
+        #[inline(always)]
+        unsafe fn store(self, p: *mut f32) {
+            // SAFETY: as above.
+            unsafe {
+                _mm256_storeu_ps(p, self.0);
+                _mm256_storeu_ps(p.add(8), self.1);
+            }
+        }
+        #[inline(always)]
+        unsafe fn at_least(words: &[u32; LANES], threshold: u32) -> u16 {
+            (0..LANES).fold(0, |bits, i| bits | u16::from(words[i] >= threshold) << i)
+        }
+        #[inline(always)]
+        fn mul_add(self, b: Self, c: Self) -> Self {
+            // SAFETY: values prove the features.
+            unsafe { Avx2(_mm256_fmadd_ps(self.0, b.0, c.0), _mm256_fmadd_ps(self.1, b.1, c.1)) }
+        }
+        #[inline(always)]
+        fn exp2(self) -> Self {
+            // SAFETY: values prove the features.
+            unsafe { Avx2(exp2_256(self.0), exp2_256(self.1)) }
+        }
+        on_values! {
+            add(self: Self, b: Self) -> Self = Avx2(_mm256_add_ps(self.0, b.0), _mm256_add_ps(self.1, b.1));
+            sub(self: Self, b: Self) -> Self = Avx2(_mm256_sub_ps(self.0, b.0), _mm256_sub_ps(self.1, b.1));
+            mul(self: Self, b: Self) -> Self = Avx2(_mm256_mul_ps(self.0, b.0), _mm256_mul_ps(self.1, b.1));
+            max(self: Self, b: Self) -> Self = Avx2(_mm256_max_ps(self.0, b.0), _mm256_max_ps(self.1, b.1));
+            greater(self: Self, b: Self) -> u16 = {
+                let low = _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(self.0, b.0));
+                let high = _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(self.1, b.1));
+                (low | high << 8) as u16
+            };
+            select(self: Self, bits: u16, other: Self) -> Self = Avx2(
+                _mm256_blendv_ps(other.0, self.0, mask_256(bits)),
+                _mm256_blendv_ps(other.1, self.1, mask_256(bits >> 8)),
+            );
+            keep(self: Self, bits: u16) -> Self =
+                Avx2(_mm256_and_ps(self.0, mask_256(bits)), _mm256_and_ps(self.1, mask_256(bits >> 8)));
+        }
+        #[inline(always)]
+        fn transpose(rows: [Self; LANES]) -> [Self; LANES] {
+            let mut square = [[0f32; LANES]; LANES];
+            for (row, values) in rows.iter().zip(&mut square) {
+                // SAFETY: the row holds sixteen f32.
+                unsafe { row.store(values.as_mut_ptr()) };
+            }
+            std::array::from_fn(|c| {
+                let column: [f32; LANES] = std::array::from_fn(|r| square[r][c]);
+                // SAFETY: values prove the features; the array holds sixteen f32.
+                unsafe { Self::load(column.as_ptr()) }
+            })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Runs the same checks on one instruction set.
+    ///
+    /// # Safety
+    /// The processor has the instruction set of `V`.
+    #[inline(always)]
+    unsafe fn check<V: Vector>(name: &str) {
+        let load = |x: &[f32; LANES]| unsafe { V::load(x.as_ptr()) };
+        let lanes = |v: V| {
+            let mut out = [0f32; LANES];
+            // SAFETY: sixteen f32.
+            unsafe { v.store(out.as_mut_ptr()) };
+            out
+        };
+        // 2^x against f64 over the whole range that attention uses.
+        let mut worst = 0f64;
+        for step in 0..200_000 {
+            let x: [f32; LANES] =
+                std::array::from_fn(|i| -125.9 + (step * LANES + i) as f32 * (135.9 / 3_200_000.0));
+            for (x, y) in x.iter().zip(lanes(load(&x).exp2())) {
+                let exact = (*x as f64).exp2();
+                worst = worst.max((y as f64 - exact).abs() / (exact * f32::EPSILON as f64));
+            }
+        }
+        assert!(worst <= 2.0, "{name}: exp2 is {worst} epsilon off");
+        assert_eq!(lanes(load(&[0.0; LANES]).exp2()), [1.0; LANES], "{name}");
+        assert_eq!(lanes(load(&[-1e30; LANES]).exp2()), [0.0; LANES], "{name}");
+        let a: [f32; LANES] = std::array::from_fn(|i| i as f32 - 7.5);
+        let b: [f32; LANES] = std::array::from_fn(|i| 7.0 - i as f32);
+        let greater = load(&a).greater(load(&b));
+        let kept = lanes(load(&a).keep(greater));
+        let selected = lanes(load(&a).select(greater, load(&b)));
+        for i in 0..LANES {
+            assert_eq!(greater >> i & 1 == 1, a[i] > b[i], "{name}");
+            assert_eq!(kept[i], if a[i] > b[i] { a[i] } else { 0.0 }, "{name}");
+            assert_eq!(selected[i], a[i].max(b[i]), "{name}");
+            assert_eq!(lanes(load(&a).mul_add(load(&b), load(&a)))[i], a[i] * b[i] + a[i], "{name}");
+        }
+        let words: [u32; LANES] = std::array::from_fn(|i| (i as u32) << 28);
+        // SAFETY: the caller vouches for the instruction set.
+        assert_eq!(unsafe { V::at_least(&words, 9 << 28) }, 0xFE00, "{name}");
+        let square: [[f32; LANES]; LANES] =
+            std::array::from_fn(|r| std::array::from_fn(|c| (r * 16 + c) as f32));
+        let turned = V::transpose(square.map(|row| load(&row)));
+        for c in 0..LANES {
+            assert_eq!(lanes(turned[c]), std::array::from_fn(|r| square[r][c]), "{name}");
+        }
+    }
+
+    #[test]
+    fn every_instruction_set_agrees_with_scalar_arithmetic() {
+        // SAFETY: arrays need no instruction set.
+        unsafe { check::<Portable>("portable") };
+        #[cfg(target_arch = "x86_64")]
+        {
+            use crate::cpu::simd::{has_avx2, has_avx512};
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+            fn wide() {
+                // SAFETY: the features are enabled here.
+                unsafe { check::<Avx512>("AVX-512") }
+            }
+            #[target_feature(enable = "avx2,fma")]
+            fn medium() {
+                // SAFETY: the features are enabled here.
+                unsafe { check::<Avx2>("AVX2") }
+            }
+            if has_avx512() {
+                // SAFETY: just found.
+                unsafe { wide() };
+            }
+            if has_avx2() {
+                // SAFETY: just found.
+                unsafe { medium() };
+            }
+        }
+    }
+}
