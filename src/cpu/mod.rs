@@ -20,8 +20,8 @@ mod reduce;
 mod rows;
 pub mod scratch;
 pub mod simd;
-mod structure;
 pub mod simd_vector;
+mod structure;
 
 pub use buffer::Buf;
 
