@@ -1,6 +1,6 @@
 """Plain methods on the split of a run: what `docs/results.md` shows beside the encoder.
 
-    python scripts/baselines.py cells.h5ad --label cell_type --split split-cells.json --vocab V.tsv [--markers M.gmt] > baselines.json
+    python scripts/baselines.py cells.h5ad --label cell_type --split RUN/split.tsv --vocab V.tsv [--markers M.gmt] > baselines.json
 
 | method | settings |
 |---|---|
@@ -10,8 +10,8 @@
 | marker_score_derived | no model: sets derived one versus rest on the labelled training cells, scored on rank tokens; each type's score over its best among the training cells; the highest wins |
 | marker_score | the same with the sets of --markers |
 
-`--split` is JSON with `train` and `test`, lists of cell ids (obs names), and optionally `labelled`, the training cells whose labels may be
-used: `cellrefine eval … --split-out FILE` writes it. Without it a stratified draw is made (--test, --seed). `--labels-per-class N` draws N
+`--split` is the `split.tsv` of a run folder: columns cell_id, part (train, val, test), label (empty for a training cell whose label is
+hidden). Validation cells are left alone. Without it a stratified draw is made (--test, --seed). `--labels-per-class N` draws N
 labelled cells a class from the training cells where the file names none. Genes are chosen, components fitted and scores scaled on all
 training cells, labelled or not; nothing sees a test cell. Prints one JSON object: per method accuracy, macro_f1, head_f1, medium_f1,
 tail_f1 (by share of the training cells), per_class, and recall_at where there are scores.
@@ -63,16 +63,15 @@ def split(a, ids, y):
     rng = np.random.default_rng(a.seed)
     labelled = None
     if a.split:
-        s = json.load(open(a.split))
+        lines = [l.rstrip("\n").split("\t") for l in open(a.split, encoding="utf-8")]
         row = {c: i for i, c in enumerate(ids)}
-        if len(row) != len(ids):
-            sys.exit("cell ids repeat: a split by id would be ambiguous")
-        missing = [c for c in s["train"] + s["test"] if c not in row]
+        if len(row) != len(ids) or lines[0] != ["cell_id", "part", "label"]:
+            sys.exit("cell ids repeat, or --split has other columns than cell_id, part, label")
+        missing = [l[0] for l in lines[1:] if l[1] != "val" and l[2] and l[0] not in row]
         if missing:
             sys.exit(f"{len(missing)} cells of {a.split} are not in {a.h5ad} (first: {missing[0]}); is --exclude the run's?")
-        train, test = np.array([row[c] for c in s["train"]]), np.array([row[c] for c in s["test"]])
-        if s.get("labelled") is not None:
-            labelled = np.array([row[c] for c in s["labelled"]])
+        part = lambda name, known=False: np.array([row[l[0]] for l in lines[1:] if l[1] == name and l[0] in row and (l[2] or not known)])
+        train, labelled, test = part("train"), part("train", True), part("test")
     else:
         from sklearn.model_selection import train_test_split
         train, test = train_test_split(np.arange(len(y)), test_size=a.test, stratify=y, random_state=a.seed)

@@ -4,6 +4,7 @@
 //! scikit-learn's and scib's definitions, against which golden tests hold them. Nothing depends on the number of threads.
 
 pub mod clustering;
+pub mod embed;
 pub mod frozen;
 pub mod kmeans;
 pub mod knn;
@@ -14,5 +15,6 @@ pub mod npy;
 pub mod probe;
 pub mod rows;
 pub mod silhouette;
+pub mod zero_shot;
 
 pub use rows::Rows;

@@ -26,12 +26,14 @@
 
 mod config;
 pub mod imbalance;
+pub mod prototype_file;
 pub mod prototypes;
 pub mod targets;
 mod teacher;
 mod terms;
 
 pub use config::{ObjectiveConfig, PrototypeMode};
+pub use prototype_file::StoredPrototypes;
 pub use targets::CellTargets;
 pub use teacher::Teacher;
 pub use terms::{Losses, Objective, SLOTS, Start};

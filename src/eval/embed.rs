@@ -1,0 +1,248 @@
+//! Cell embeddings: the frozen encoder over a corpus, one f32 row a cell, in the order asked for.
+//!
+//! ```text
+//! h_c = pool( hidden state `depth` of cell c )         no dropout, special tokens left out of the mean
+//! ```
+//!
+//! Cells are packed end to end up to a token budget, without padding, so a cell's row depends on the cell alone: the same bits
+//! whatever the budget, the order or the neighbours in the batch. Memory is that of one batch; rows go to a sink as they come.
+
+use super::npy::NpyWriter;
+use crate::corpus::{Batch, BatchOptions, Corpus, Packer};
+use crate::device::Act;
+use crate::error::{Error, Result};
+use crate::genes::Vocab;
+use crate::model::checkpoint::{self, LoadOptions};
+use crate::model::config::Vocabulary;
+use crate::model::ledger::Ledger;
+use crate::model::{Activations, Capacity, DeviceBatch, Encoder, ModelConfig, Parameters, Pass, heads};
+use crate::ops::Backend;
+use crate::ops::pool::Pooling;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// How cells become rows.
+#[derive(Debug, Clone, Default)]
+pub struct EmbedOptions {
+    /// Layer, counted as Geneformer does (0 = last, −1 = second to last); `None` = the checkpoint's own.
+    pub layer: Option<i32>,
+    /// Pooling; `None` = the checkpoint's own.
+    pub pooling: Option<Pooling>,
+    /// Longest cell, special tokens included; `None` = the model's context.
+    pub max_tokens: Option<usize>,
+    /// Tokens of a batch; `None` = [`BATCH_TOKENS`]. Memory and speed, never results.
+    pub batch_tokens: Option<usize>,
+    /// (V) ids that are global tokens under marker-sparse attention; special tokens always are.
+    pub globals: Option<Vec<bool>>,
+}
+
+/// Tokens of a batch where nothing is said: enough work for every thread, and some 50 MB of activations at width 256.
+pub const BATCH_TOKENS: usize = 16_384;
+
+/// A frozen encoder with its buffers, over one corpus.
+pub struct Embedder<B: Backend<A>, A: Act> {
+    dev: B,
+    encoder: Encoder<B>,
+    params: Parameters<B, A>,
+    acts: Activations<B, A>,
+    part: DeviceBatch<B>,
+    rows: B::Buf<f32>, // (C, D)
+    corpus: Arc<Corpus>,
+    batch: BatchOptions,
+    globals: Option<Vec<bool>>,
+    depth: usize,
+    layer: i32,
+    pooling: Pooling,
+    folder: PathBuf,
+}
+
+impl<B: Backend<A>, A: Act> Embedder<B, A> {
+    /// Loads the checkpoint that `path` means (run folder, checkpoint folder, Hugging Face folder) for cells of `corpus`.
+    ///
+    /// # Errors
+    /// Input: no such checkpoint, a damaged one, another vocabulary than the corpus's. Usage: a layer that is not there.
+    pub fn open(dev: &B, path: &Path, corpus: Arc<Corpus>, options: &EmbedOptions) -> Result<Self> {
+        let folder = checkpoint::resolve(path)?;
+        let (mut config, params) = checkpoint::load::<B, A>(dev, &folder, LoadOptions::default())?;
+        let vocab = Vocab::load(corpus.path().join(checkpoint::VOCABULARY))?;
+        config.adopt_vocabulary(vocab.len(), &vocabulary_of(&vocab))?;
+        let layer = options.layer.unwrap_or(config.layer);
+        let pooling = options.pooling.unwrap_or(config.pooling);
+        let depth = config.depth(layer)?;
+        if pooling == Pooling::Cls && config.vocabulary.cls.is_none() && options.pooling.is_some() {
+            return Err(Error::usage("--pool cls needs a <cls> token, and the vocabulary has none")
+                .next("--pool mean"));
+        }
+        let batch = batch_options(&config, &corpus, options)?;
+        let capacity = Capacity { tokens: batch.tokens, cells: batch.cells };
+        let mut ledger = Ledger::new(dev);
+        Ok(Embedder {
+            acts: Activations::evaluation(&mut ledger, &config, capacity)?,
+            part: DeviceBatch::planned(&mut ledger, &config, capacity)?,
+            rows: ledger.zeros("cell vectors", "(C, D)", capacity.cells * config.width)?,
+            encoder: Encoder::new(dev.clone(), config),
+            dev: dev.clone(),
+            params,
+            corpus,
+            batch,
+            globals: options.globals.clone(),
+            depth,
+            layer,
+            pooling,
+            folder,
+        })
+    }
+
+    /// D.
+    pub fn width(&self) -> usize {
+        self.encoder.config.width
+    }
+    /// The network's configuration.
+    pub fn config(&self) -> &ModelConfig {
+        &self.encoder.config
+    }
+    /// The layer that rows come from, counted as Geneformer does.
+    pub fn layer(&self) -> i32 {
+        self.layer
+    }
+    /// How a row is made from tokens.
+    pub fn pooling(&self) -> Pooling {
+        self.pooling
+    }
+    /// The model folder.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Hands the rows of `cells`, in that order, to `sink` a batch at a time: corpus indices (n), values (n, D).
+    pub fn each(&mut self, cells: &[u32], mut sink: impl FnMut(&[u32], &[f32]) -> Result<()>) -> Result<()> {
+        let mut packer = Packer::in_order(self.corpus.clone(), cells.to_vec(), self.batch.clone())?;
+        let (mut batch, mut host) = (Batch::default(), Vec::new());
+        let mut done = 0;
+        while packer.fill(&mut batch)? {
+            let config = &self.encoder.config;
+            self.part.upload(&self.dev, config, &batch, self.globals.as_deref())?;
+            let (weights, input) = (self.params.network(), self.part.input());
+            self.encoder.forward(weights, input, &mut self.acts, Pass::Eval, self.depth)?;
+            heads::pool(&self.dev, config, self.pooling, &self.part, &self.acts, self.depth, &mut self.rows)?;
+            host.resize(batch.len() * config.width, 0.0);
+            self.dev.read(&self.rows, &mut host)?;
+            sink(&batch.cells, &host)?;
+            done += batch.len();
+        }
+        if done != cells.len() {
+            return Err(Error::bug("embedding lost cells").found(done).wanted(cells.len()));
+        }
+        Ok(())
+    }
+
+    /// All rows of `cells`, (C, D).
+    pub fn collect(&mut self, cells: &[u32], mut progress: impl FnMut(u64)) -> Result<Vec<f32>> {
+        let mut all = Vec::with_capacity(cells.len() * self.width());
+        self.each(cells, |cells, rows| {
+            all.extend_from_slice(rows);
+            progress(cells.len() as u64);
+            Ok(())
+        })?;
+        Ok(all)
+    }
+
+    /// Rows of token lists that stand in no corpus, (lists, D): marker sentences. Special tokens are added and lists cut to the
+    /// context, as for a cell.
+    pub fn sentences(&mut self, lists: &[Vec<u32>]) -> Result<Vec<f32>> {
+        let config = &self.encoder.config;
+        let (before, after) = (config.vocabulary.cls, config.vocabulary.eos);
+        let room = self.batch.max_tokens - config.prefix() - config.suffix();
+        let mut all = Vec::new();
+        for list in lists {
+            let genes: Vec<u32> =
+                before.into_iter().chain(list.iter().copied().take(room)).chain(after).collect();
+            let start = [0, genes.len() as u32];
+            // No expression stands behind a sentence: values, where the network reads them, are zero.
+            let value = (config.value_bins > 0).then(|| vec![half::f16::ZERO; genes.len()]);
+            self.part.upload_cells(
+                &self.dev,
+                config,
+                &genes,
+                &start,
+                value.as_deref(),
+                self.globals.as_deref(),
+            )?;
+            self.encoder.forward(
+                self.params.network(),
+                self.part.input(),
+                &mut self.acts,
+                Pass::Eval,
+                self.depth,
+            )?;
+            heads::pool(&self.dev, config, self.pooling, &self.part, &self.acts, self.depth, &mut self.rows)?;
+            let from = all.len();
+            all.resize(from + config.width, 0.0);
+            self.dev.read(&self.rows, &mut all[from..])?;
+        }
+        Ok(all)
+    }
+
+    /// Writes the rows of all cells, in input order, to `out` (`.npy`) and their ids beside it.
+    pub fn write_npy(&mut self, out: &Path, mut progress: impl FnMut(u64)) -> Result<()> {
+        let corpus = self.corpus.clone();
+        let cells: Vec<u32> = (0..corpus.cells() as u32).collect();
+        let mut file = NpyWriter::create(out, cells.len(), self.width())?;
+        self.each(&cells, |cells, rows| {
+            let ids = cells.iter().map(|&c| corpus.cell_id(c as usize)).collect::<Result<Vec<_>>>()?;
+            file.append(rows, &ids)?;
+            progress(cells.len() as u64);
+            Ok(())
+        })?;
+        file.finish()
+    }
+}
+
+/// The vocabulary as far as a network must know it.
+fn vocabulary_of(vocab: &Vocab) -> Vocabulary {
+    let specials = vocab.specials();
+    let first_gene = (0..vocab.len() as u32).find(|id| !vocab.is_special(*id)).unwrap_or(0);
+    let digest = Some(vocab.digest().to_string());
+    Vocabulary { digest, mask: specials.mask, cls: specials.cls, eos: specials.eos, first_gene }
+}
+
+fn batch_options(config: &ModelConfig, corpus: &Corpus, options: &EmbedOptions) -> Result<BatchOptions> {
+    let special = config.prefix() + config.suffix();
+    let max_tokens = options.max_tokens.unwrap_or(config.positions);
+    if max_tokens > config.positions || max_tokens <= special {
+        return Err(Error::usage("--max-tokens does not fit the model's context")
+            .found(max_tokens)
+            .wanted(format!("{} to {}", special + 1, config.positions)));
+    }
+    if config.value_bins > 0 && !corpus.manifest().values {
+        return Err(Error::input("the network reads expression values and the corpus stores none")
+            .at(corpus.path().display())
+            .found(format!("value_bins = {} in config.json", config.value_bins))
+            .next("pack the corpus again with --values"));
+    }
+    let tokens = options.batch_tokens.unwrap_or(BATCH_TOKENS).max(max_tokens);
+    Ok(BatchOptions {
+        cells: tokens / (special + 1),
+        tokens,
+        max_tokens,
+        cls: config.vocabulary.cls,
+        eos: config.vocabulary.eos,
+        values: config.value_bins > 0,
+    })
+}
+
+/// The run folder that `checkpoint` is or lies in (`RUN` or `RUN/checkpoints/step-N`), where it is one.
+pub fn run_folder(checkpoint: &Path) -> Option<PathBuf> {
+    let absolute = std::fs::canonicalize(checkpoint).ok()?;
+    let above = absolute.parent().and_then(Path::parent).map(Path::to_path_buf);
+    [Some(absolute), above].into_iter().flatten().find(|p| p.join("settings.toml").is_file())
+}
+
+/// Tokens per cell that the run of `checkpoint` trained with (`batch.max_tokens`), where it set a number of its own: its
+/// embeddings are those of cells cut there.
+pub fn run_context(checkpoint: &Path) -> Option<usize> {
+    let text = std::fs::read_to_string(run_folder(checkpoint)?.join("settings.toml")).ok()?;
+    let table: toml::Table = toml::from_str(&text).ok()?;
+    let tokens = table.get("batch")?.get("max_tokens")?.as_integer()?;
+    usize::try_from(tokens).ok().filter(|t| *t > 0)
+}
