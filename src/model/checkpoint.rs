@@ -406,3 +406,37 @@ pub fn describe(path: &Path) -> Result<Value> {
         "classes": classifier.map(|c| json!({"label": c.label_column, "names": c.labels})),
     }))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::config::{Preset, Vocabulary};
+    use crate::model::tensors::header;
+    use crate::model::weights::Weights;
+    use safetensors::Dtype;
+
+    /// Header and data of the published checkpoints, byte for byte in size (method.md §2). The V1 file also holds the
+    /// constant `position_ids`, which we skip when reading and do not write.
+    #[test]
+    fn file_sizes_are_those_of_the_published_checkpoints() {
+        for (preset, tensors, bytes) in [
+            ("gf-v1-10m", 107, 41_183_536),
+            ("gf-v2-104m", 202, 417_571_156),
+            ("gf-v2-316m", 298, 1_265_455_076),
+        ] {
+            let p = Preset::named(preset).unwrap();
+            let config = p.config(p.vocab, Vocabulary::default());
+            let mut declared: Vec<Declared> = Network::list(Weights::of(&config))
+                .iter()
+                .flat_map(|p| p.stored_as.iter().map(|name| Declared::f32(name, &p.stored_shape())))
+                .collect();
+            if preset == "gf-v1-10m" {
+                let name = "bert.embeddings.position_ids".to_string();
+                declared.push(Declared { name, dtype: Dtype::I64, shape: vec![1, 2048] });
+            }
+            let header = header(&mut declared, &[("format", "pt")]).unwrap();
+            let size = header.len() + declared.iter().map(Declared::bytes).sum::<usize>();
+            assert_eq!((declared.len(), size), (tensors, bytes), "{preset}");
+        }
+    }
+}

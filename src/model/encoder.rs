@@ -201,13 +201,14 @@ impl<B: Device> Encoder<B> {
         B: Backend<A>,
     {
         self.check(input, acts, depth)?;
+        if !acts.trains() {
+            return Err(evaluation_buffers());
+        }
         for layer in (0..depth).rev() {
             self.layer_backward(layer, &weights.layers[layer], input, acts, pass, &mut grads.layers[layer])?;
         }
         let (mean, rstd) = (&acts.mean, &acts.rstd);
-        let Some(back) = &acts.backward else {
-            return Err(Error::bug("backward over buffers made for evaluation"));
-        };
+        let Some(back) = &acts.backward else { return Err(evaluation_buffers()) };
         embed::backward::<A, B>(
             &self.dev,
             self.embed_dims(input),
@@ -240,9 +241,7 @@ impl<B: Device> Encoder<B> {
         let dropout = |place| pass.dropout(self.config.hidden_dropout, layer, place, input.batch.first_row);
         let Activations { x, layers, backward, .. } = acts;
         let (x, keep) = (&x[layer], &layers[layer]);
-        let Some(back) = backward else {
-            return Err(Error::bug("backward over buffers made for evaluation"));
-        };
+        let Some(back) = backward else { return Err(evaluation_buffers()) };
 
         // x' = LN(norm1 + dropout(down))
         let norm2 = layernorm::BackwardIn {
@@ -426,6 +425,10 @@ impl<B: Device> Encoder<B> {
             ),
         }
     }
+}
+
+fn evaluation_buffers() -> Error {
+    Error::bug("backward over buffers made for evaluation")
 }
 
 /// A layer's input and output state, to read and to write.

@@ -155,10 +155,24 @@ impl<B: Device, A: Act> MaskedGenes<B, A> {
         let dims = masking.dims(config, batch.tokens, batch.first_row);
         let out = mask_tokens::Out { gene: &mut self.gene, index: &mut self.index, target: &mut self.target };
         self.masked = mask_tokens::mask(dev, dims, &batch.gene, out)?;
+        self.make_room(dev)?;
+        Ok(self.masked)
+    }
+
+    /// Takes a masking made elsewhere: genes to read (N), token indices (M, ascending, distinct) and the genes that stood there.
+    pub fn given(&mut self, dev: &B, gene: &[u32], index: &[u32], target: &[i32]) -> Result<()> {
+        dev.write(&mut self.gene, gene)?;
+        dev.write(&mut self.index, index)?;
+        dev.write(&mut self.target, target)?;
+        self.masked = index.len();
+        self.make_room(dev)
+    }
+
+    fn make_room(&mut self, dev: &B) -> Result<()> {
         if self.masked > self.rows.one.len() {
             self.rows = HeadRows::planned(&mut Ledger::new(dev), self.masked, self.width)?;
         }
-        Ok(self.masked)
+        Ok(())
     }
 
     /// Loss of each masked token, from the last hidden state in `acts`, and the gradient of the head's output on the way.

@@ -9,3 +9,4 @@ pub mod cases;
 pub mod close;
 pub mod guarded;
 pub mod naive;
+pub mod network;
