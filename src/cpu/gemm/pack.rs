@@ -3,12 +3,12 @@
 //!
 //! ```text
 //! panels:  for each 48 columns: for each step of k: 48 words (fewer, in whole vectors of 16, in the last panel)
-//! columns: for each row of the chunk: 8 floats, one per row of the tile
+//! columns: for each 8 columns of A: for each row of the chunk: 8 floats
 //! ```
 
-use super::Layout;
 use super::tile::{TILE_COLUMNS, TILE_ROWS};
-use crate::cpu::simd::vectorized;
+use super::{CHUNK, Layout, OUTPUT_BLOCK};
+use crate::cpu::simd::{prefetch, vectorized};
 use crate::device::Act;
 use rayon::prelude::*;
 
@@ -41,12 +41,37 @@ pub fn panels<A: Act>(b: &[A], layout: Layout, n: usize, k: usize, pairs: bool, 
     });
 }
 
-/// Columns `column..column + columns` of the rows of b (each `stride` long), widened.
-pub fn chunk<A: Act>(b: &[A], stride: usize, column: usize, columns: usize, out: &mut [u32]) {
-    let depth = b.len() / stride;
-    for (p, panel) in out.chunks_mut(TILE_COLUMNS * depth).enumerate() {
-        let skip = p * TILE_COLUMNS;
-        panel_of_rows(&b[column + skip..], stride, TILE_COLUMNS.min(columns - skip), depth, false, panel);
+/// Rows that packing asks for ahead of time.
+const AHEAD: usize = 24;
+
+/// Prefetches columns `first..first + count` of a row, if there is such a row.
+#[inline(always)]
+pub fn prefetch_row<A>(x: &[A], stride: usize, row: usize, first: usize, count: usize) {
+    if let Some(x) = x.get(row * stride + first..row * stride + first + count) {
+        prefetch(x);
+    }
+}
+
+vectorized! {
+    /// Columns `column..column + columns` of the rows of b (each `stride` long), widened, as panels. Row by row, so that
+    /// memory is read in order.
+    pub fn chunk[A: Act](b: &[A], stride: usize, column: usize, columns: usize, out: &mut [u32]) {
+        let depth = b.len() / stride;
+        for (s, row) in b.chunks_exact(stride).enumerate() {
+            prefetch_row(b, stride, s + AHEAD, column, columns);
+            let (whole, edge) = row[column..column + columns].as_chunks::<TILE_COLUMNS>();
+            for (p, x) in whole.iter().enumerate() {
+                let out: &mut [u32; TILE_COLUMNS] =
+                    (&mut out[(p * depth + s) * TILE_COLUMNS..][..TILE_COLUMNS]).try_into().expect("a row of a panel");
+                for c in 0..TILE_COLUMNS { out[c] = word(x[c]) }
+            }
+            if !edge.is_empty() {
+                let width = edge.len().next_multiple_of(16);
+                let out = &mut out[whole.len() * depth * TILE_COLUMNS + s * width..][..width];
+                for (o, x) in out.iter_mut().zip(edge) { *o = word(*x) }
+                out[edge.len()..].fill(0);
+            }
+        }
     }
 }
 
@@ -121,21 +146,32 @@ vectorized! {
     }
 }
 
+/// Floats from one packed tile of A to the next: [`CHUNK`] groups of eight, and a cache line so that tiles written side by
+/// side do not fall on the same sets of the cache.
+pub const TILE_STRIDE: usize = CHUNK * TILE_ROWS + 16;
+
 vectorized! {
-    /// Columns `column..column + count` (at most eight) of the rows of `a`, each `stride` long: `out[row][8]`, zeros past
-    /// `count`; and their sums, added to `sum`.
-    pub fn columns[A: Act](a: &[A], stride: usize, column: usize, count: usize, out: &mut [f32], sum: Option<&mut [f32]>) {
-        let (groups, _) = out.as_chunks_mut::<TILE_ROWS>();
-        let mut total = [0.0f32; TILE_ROWS];
-        for (row, out) in a.chunks_exact(stride).zip(groups) {
-            if count == TILE_ROWS {
-                let row: &[A; TILE_ROWS] = row[column..column + TILE_ROWS].try_into().expect("eight columns");
-                for r in 0..TILE_ROWS { out[r] = row[r].to_f32() }
-            } else {
-                *out = [0.0; TILE_ROWS];
-                for (o, x) in out.iter_mut().zip(&row[column..column + count]) { *o = x.to_f32() }
+    /// Columns `first..first + count` of the rows of `a` (at most [`CHUNK`], each `stride` long), widened, in tiles of eight:
+    /// `out[tile][row][8]`, zeros past the last column; and the columns' sums, added to `sum` (count).
+    pub fn columns[A: Act](a: &[A], stride: usize, first: usize, count: usize, out: &mut [f32], sum: Option<&mut [f32]>) {
+        let mut total = [0.0f32; OUTPUT_BLOCK];
+        for (s, row) in a.chunks_exact(stride).enumerate() {
+            prefetch_row(a, stride, s + AHEAD, first, count);
+            let row = &row[first..first + count];
+            let (whole, edge) = row.as_chunks::<TILE_ROWS>();
+            for (t, x) in whole.iter().enumerate() {
+                let out: &mut [f32; TILE_ROWS] =
+                    (&mut out[t * TILE_STRIDE + s * TILE_ROWS..][..TILE_ROWS]).try_into().expect("eight floats");
+                for r in 0..TILE_ROWS { out[r] = x[r].to_f32() }
             }
-            for r in 0..TILE_ROWS { total[r] += out[r] }
+            if !edge.is_empty() {
+                let out = &mut out[whole.len() * TILE_STRIDE + s * TILE_ROWS..][..TILE_ROWS];
+                out.fill(0.0);
+                for (o, x) in out.iter_mut().zip(edge) { *o = x.to_f32() }
+            }
+            if sum.is_some() {
+                for (t, x) in total.iter_mut().zip(row) { *t += x.to_f32() }
+            }
         }
         if let Some(sum) = sum {
             for (s, t) in sum.iter_mut().zip(&total) { *s += t }
