@@ -333,9 +333,7 @@ impl<B: Normalize + Anchor + Structure + PrototypeLoss<f32> + Reduce> Objective<
         normalize::forward(dev, dims, h, Some(&self.center), &mut own.z, &mut own.inverse_norm)?;
         dev.clear(&mut own.dz)?;
         dev.clear(&mut self.prototypes.dp)?;
-        if self.config.trainable {
-            self.normalize_prototypes(dev)?;
-        }
+        self.normalize_prototypes(dev)?;
         if self.taught() {
             self.teacher.gather(cells, &mut self.staging.teacher_h);
             let own = &mut self.cells;
