@@ -438,3 +438,103 @@ fn a_file_that_shrinks_while_open_ends_with_words() {
     assert_eq!(output.status.code(), Some(3), "{text}");
     assert!(text.contains("changed while in use") && text.contains("shard-00000"), "{text}");
 }
+
+/// Shards packed apart equal, after the merge, the corpus packed at once: cells, labels, everything that is read.
+#[test]
+fn merged_shards_read_as_one_corpus() {
+    let dir = folder();
+    let mut made = cells::cells(90, 200, 60, 6);
+    // Categories that differ from part to part, in another order.
+    made[..30].iter_mut().for_each(|c| c.label = c.label.take().map(|_| "zeta".into()));
+    made[30..60].iter_mut().for_each(|c| c.label = Some("alpha".into()));
+    let part = |name: &str, cells: &[cells::Cell], options: CorpusOptions| {
+        let path = dir.path().join(name);
+        cells::write(&path, cells, options);
+        path
+    };
+    let options = || cells::options(200, true, 20);
+    let parts: Vec<PathBuf> =
+        (0..3).map(|i| part(&format!("{i}.cells"), &made[i * 30..(i + 1) * 30], options())).collect();
+    let out = dir.path().join("all.cells");
+    let manifest = merge::merge(&parts, &out, &|_| ()).unwrap();
+    assert_eq!((manifest.cells, manifest.shards.len()), (90, 6));
+    let merged = Corpus::open(&out).unwrap();
+    merged.verify().unwrap();
+    cells::check(&merged, &made);
+    assert_eq!(merged.categorical("cell_type").unwrap().categories[..2], ["alpha", "type a"]);
+    assert_eq!(merged.vocab_file().unwrap(), b"made up\n");
+    // Deleting the parts leaves the merged corpus whole.
+    fs::remove_dir_all(&parts[0]).unwrap();
+    Corpus::open(&out).unwrap().verify().unwrap();
+
+    let refused = |inputs: &[&PathBuf], words: &str| {
+        let inputs: Vec<PathBuf> = inputs.iter().map(|p| (*p).clone()).collect();
+        let e = merge::merge(&inputs, &dir.path().join("no.cells"), &|_| ()).unwrap_err();
+        assert_eq!(e.kind(), Kind::Input);
+        assert!(e.to_string().contains(words), "{e}");
+        assert!(!dir.path().join("no.cells").exists() && !dir.path().join(".no.cells.partial").exists());
+    };
+    let mut other = options();
+    other.vocab.digest = "another".into();
+    let vocabulary = part("v.cells", &made[..5], other);
+    refused(&[&parts[1], &vocabulary], "different vocabularies");
+    let bare = part("b.cells", &made[..5], cells::options(200, false, 20));
+    refused(&[&parts[1], &bare], "store values");
+    refused(&[&parts[1], &parts[2], &parts[1]], "twice");
+    refused(&[&parts[1], &parts[0]], "no such corpus");
+    let mut renamed = options();
+    renamed.obs[0].name = "celltype".into();
+    let columns = part("c.cells", &made[..5], renamed);
+    refused(&[&parts[1], &columns], "different obs columns");
+}
+
+fn cellrefine(args: &[&str]) -> (i32, serde_json::Value, String) {
+    let out =
+        assert_cmd::Command::cargo_bin("cellrefine").unwrap().arg("--json").args(args).output().unwrap();
+    let json = serde_json::from_slice(&out.stdout).unwrap_or_else(|e| {
+        panic!("{args:?}: stdout is not one JSON object ({e}): {}", String::from_utf8_lossy(&out.stdout))
+    });
+    (out.status.code().unwrap(), json, String::from_utf8_lossy(&out.stderr).into_owned())
+}
+
+#[test]
+fn inspect_and_merge_on_the_command_line() {
+    let dir = folder();
+    let (path, made) = small(dir.path());
+    let bare = dir.path().join("bare.cells");
+    cells::write(&bare, &made, CorpusOptions { vocab_file: None, ..cells::options(200, false, 25) });
+    let bare = bare.to_str().unwrap();
+    let (code, json, _) = cellrefine(&["inspect", bare, "--verify", "--cells", "3"]);
+    assert_eq!((code, &json["kind"], &json["cells"]), (0, &"corpus".into(), &40.into()));
+    let tokens: Vec<Vec<u32>> = serde_json::from_value(json["tokens"].clone()).unwrap();
+    assert_eq!(tokens, made[..3].iter().map(|c| c.gene.clone()).collect::<Vec<_>>());
+    assert_eq!(json["cell_ids"][2], made[2].id);
+
+    // The made-up vocabulary of `small` is no vocabulary: said with exit code 3.
+    let (code, json, _) = cellrefine(&["inspect", path.to_str().unwrap()]);
+    assert_eq!((code, &json["error"]["exit_code"]), (3, &3.into()));
+
+    let shard = Path::new(bare).join(shard_name(0));
+    let whole = fs::read(&shard).unwrap();
+    let mut broken = whole.clone();
+    broken[4096 + 1500] ^= 1;
+    fs::remove_file(&shard).unwrap();
+    fs::write(&shard, &broken).unwrap();
+    let (code, json, stderr) = cellrefine(&["inspect", bare, "--verify"]);
+    assert_eq!(code, 3);
+    assert!(
+        json["error"]["where"].as_str().unwrap().contains("shard-00000") && stderr.contains("error:"),
+        "{json}"
+    );
+    fs::write(&shard, &whole).unwrap();
+
+    let out = dir.path().join("two.cells");
+    let (code, json, _) = cellrefine(&["merge", bare, "--out", out.to_str().unwrap()]);
+    assert_eq!((code, &json["shards"]), (0, &2.into()));
+    let (code, _, _) = cellrefine(&["merge", bare, "--out", out.to_str().unwrap()]);
+    assert_eq!(code, 2, "the output exists");
+    let (code, _, _) = cellrefine(&["inspect", dir.path().join("nothing").to_str().unwrap()]);
+    assert_eq!(code, 3);
+    let (code, _, _) = cellrefine(&["inspect", dir.path().join("nothing.cells").to_str().unwrap()]);
+    assert_eq!(code, 3);
+}

@@ -374,3 +374,100 @@ fn thread_count_does_not_change_a_bit() {
     };
     assert!(with(1) == with(3));
 }
+
+fn cellrefine(args: &[&str]) -> (i32, Value, String) {
+    let out =
+        assert_cmd::Command::cargo_bin("cellrefine").unwrap().arg("--json").args(args).output().unwrap();
+    let json = serde_json::from_slice(&out.stdout).unwrap_or_else(|e| {
+        panic!("{args:?}: stdout is not one JSON object ({e}): {}", String::from_utf8_lossy(&out.stdout))
+    });
+    (out.status.code().unwrap(), json, String::from_utf8_lossy(&out.stderr).into_owned())
+}
+
+#[test]
+fn derive_and_check_on_the_command_line() {
+    let golden = golden();
+    let dir = tempfile::tempdir().unwrap();
+    let vocab = vocab(golden["vocab"].as_u64().unwrap() as usize);
+    let label = |i: usize| Some(format!("type {}", golden["label"][i]));
+    // The same cells with their vocabulary inside.
+    let bare = golden_corpus(dir.path(), &golden, true, label);
+    let path = dir.path().join("with-vocabulary.cells");
+    let options = CorpusOptions {
+        vocab: VocabIdentity { digest: vocab.digest().into(), len: vocab.len() },
+        vocab_file: Some(vocab.to_tsv(&[]).into_bytes()),
+        values: true,
+        shard_cells: 0,
+        obs: vec![ObsSpec { name: "type".into(), kind: ObsKind::Categorical }],
+        provenance: Value::Null,
+    };
+    let mut w = CorpusWriter::create(&path, options).unwrap();
+    for i in 0..bare.cells() {
+        w.push(&CellRecord {
+            id: bare.cell_id(i).unwrap(),
+            gene: &bare.genes(i).unwrap().to_vec(),
+            value: bare.values(i).unwrap(),
+            total_count: bare.total_count(i).unwrap(),
+            obs: &[ObsValue::Category(&label(i).unwrap())],
+        })
+        .unwrap();
+    }
+    w.finish().unwrap();
+    let (corpus, gmt) = (path.to_str().unwrap(), dir.path().join("m.gmt"));
+    let gmt = gmt.to_str().unwrap();
+    let (code, json, stderr) =
+        cellrefine(&["markers", "derive", "--corpus", corpus, "--label", "type", "--out", gmt]);
+    assert_eq!((code, json["sets"].as_array().unwrap().len()), (0, 4), "{stderr}");
+    assert_eq!(json["split"]["spec"]["rule"]["fractions"]["train"], 0.67);
+    let record: splits::SplitRecord = serde_json::from_value(json["split"].clone()).unwrap();
+    let split = Split::restore(&Corpus::open(&path).unwrap(), &record).unwrap();
+    let wanted = derive(&Corpus::open(&path).unwrap(), &split.training(), 50).unwrap().markers;
+    let read = RawSets::load(Path::new(gmt), &vocab, None).unwrap();
+    assert_eq!(read.for_labels(&wanted.names, None, false).unwrap(), wanted);
+
+    let (code, json, _) = cellrefine(&["markers", "check", gmt, "--corpus", corpus, "--label", "type"]);
+    assert_eq!((code, &json["unmatched"], &json["usable"]), (0, &0.into(), &4.into()));
+    let (code, json, _) = cellrefine(&["inspect", gmt]);
+    assert_eq!((code, &json["kind"]), (0, &"markers".into()));
+
+    let error = |args: &[&str], wanted: i32, words: &str| {
+        let (code, json, stderr) = cellrefine(args);
+        assert_eq!(code, wanted, "{stderr}");
+        assert!(json.to_string().contains(words), "{json}");
+    };
+    error(&["markers", "derive", "--corpus", corpus, "--label", "tipe", "--out", gmt], 3, "did you mean");
+    error(
+        &["markers", "derive", "--corpus", corpus, "--label", "type", "--split", "train=2", "--out", gmt],
+        2,
+        "0 to 1",
+    );
+    let one = [
+        "markers",
+        "derive",
+        "--corpus",
+        corpus,
+        "--label",
+        "type",
+        "--out",
+        gmt,
+        "--exclude-label",
+        "type 1",
+    ];
+    error(
+        &[&one[..], &["--exclude-label", "type 2", "--exclude-label", "type 3"]].concat(),
+        3,
+        "two classes",
+    );
+    error(
+        &["markers", "derive", "--corpus", bare.path().to_str().unwrap(), "--label", "type", "--out", gmt],
+        3,
+        "--vocab",
+    );
+    std::fs::write(dir.path().join("bad.gmt"), "no tabs\n").unwrap();
+    let bad = dir.path().join("bad.gmt");
+    error(
+        &["markers", "check", bad.to_str().unwrap(), "--corpus", corpus, "--label", "type"],
+        3,
+        "bad.gmt:1",
+    );
+}

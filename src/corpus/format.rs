@@ -214,6 +214,17 @@ impl Manifest {
         Ok(m)
     }
 
+    /// Refuses more cells than a batch can name.
+    pub(super) fn check_size(&self, place: &std::path::Path) -> Result<()> {
+        if self.cells <= u32::MAX as u64 {
+            return Ok(());
+        }
+        Err(Error::input("too many cells for one corpus")
+            .at(place.display())
+            .found(self.cells)
+            .wanted(u32::MAX))
+    }
+
     /// Sums, names and limits; a checksum cannot speak for a manifest that another program wrote.
     fn consistent(&self) -> std::result::Result<(), String> {
         let sum = |f: fn(&ShardEntry) -> u64| self.shards.iter().try_fold(0u64, |a, s| a.checked_add(f(s)));

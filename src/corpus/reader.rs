@@ -6,6 +6,7 @@
 use super::format::*;
 use super::shard::Shard;
 use crate::error::{Error, Result, nearest};
+use crate::genes::Vocab;
 use half::f16;
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
@@ -150,6 +151,20 @@ impl Corpus {
                 .next("copy the corpus folder again"));
         }
         Ok(bytes)
+    }
+
+    /// The vocabulary that travels with the corpus, checked against the manifest.
+    pub fn vocab(&self) -> Result<Vocab> {
+        self.vocab_file()?;
+        let vocab = Vocab::load(self.root.join(VOCAB))?;
+        let wanted = &self.manifest.vocabulary;
+        if vocab.digest() != wanted.digest || vocab.len() != wanted.len {
+            return Err(Error::input("the vocabulary file is not the one of the corpus's gene ids")
+                .at(self.root.join(VOCAB).display())
+                .found(format!("digest {}, {} ids", vocab.digest(), vocab.len()))
+                .wanted(format!("digest {}, {} ids", wanted.digest, wanted.len)));
+        }
+        Ok(vocab)
     }
 
     /// Reads everything and checks every block, every digest and every text. `progress` is called with bytes done.

@@ -223,7 +223,7 @@ impl RawSets {
 
     /// The three sets whose names are most like `label`, by shared pairs of letters: word order and a tissue in front matter
     /// little.
-    fn nearest(&self, label: &str) -> String {
+    pub fn nearest(&self, label: &str) -> String {
         let wanted = pairs(label);
         let mut scored: Vec<(f64, &str)> = (self.sets.iter())
             .map(|s| {
