@@ -15,7 +15,7 @@
 pub const LANES: usize = 16;
 
 /// p(f) ≈ 2^f on [-½, ½]: coefficients of f¹ … f⁵ (Lawson iteration; the constant is 1).
-const EXP2: [f32; 5] = [6.931_470_0e-1, 2.402_224_3e-1, 5.550_733_6e-2, 9.671_513e-3, 1.326_472_7e-3];
+const EXP2: [f32; 5] = [6.931_470e-1, 2.402_224_3e-1, 5.550_733_6e-2, 9.671_513e-3, 1.326_472_7e-3];
 
 /// Sixteen f32.
 ///
@@ -51,6 +51,24 @@ pub trait Vector: Copy {
     fn keep(self, bits: u16) -> Self;
     /// Bit i: words\[i\] is at least `threshold`, unsigned.
     unsafe fn at_least(words: &[u32; LANES], threshold: u32) -> u16;
+    /// Philox 4x32-10 at sixteen counters `[low, high, step, site]`; word w of counter i is `[w][i]` of the result.
+    #[inline(always)]
+    unsafe fn philox(
+        low: &[u32; LANES],
+        high: &[u32; LANES],
+        step: u32,
+        site: u32,
+        key: [u32; 2],
+    ) -> [[u32; LANES]; 4] {
+        let mut words = [[0; LANES]; 4];
+        for i in 0..LANES {
+            let counter = crate::rng::philox4x32([low[i], high[i], step, site], key);
+            for (words, word) in words.iter_mut().zip(counter) {
+                words[i] = word;
+            }
+        }
+        words
+    }
     /// Rows become columns.
     fn transpose(rows: [Self; LANES]) -> [Self; LANES];
 }
@@ -149,6 +167,43 @@ mod x86 {
     #[derive(Clone, Copy)]
     pub struct Avx512(pub __m512);
 
+    /// bf16 pairs; feature BF16 besides.
+    impl Avx512 {
+        /// acc + self₀ · b₀ + self₁ · b₁ per lane, the lanes of self and b being pairs of bf16.
+        #[inline(always)]
+        pub fn dot_bf16(self, b: Self, acc: Self) -> Self {
+            // SAFETY: values prove AVX-512; the caller is compiled for AVX512_BF16, which its dispatcher has found.
+            unsafe {
+                let (a, b) = (
+                    std::mem::transmute::<__m512, __m512bh>(self.0),
+                    std::mem::transmute::<__m512, __m512bh>(b.0),
+                );
+                Avx512(_mm512_dpbf16_ps(acc.0, a, b))
+            }
+        }
+        /// Lanes of pairs: self rounded to bf16 in the lower halves, `upper` in the upper halves.
+        #[inline(always)]
+        pub fn pair_bf16(self, upper: Self) -> Self {
+            // SAFETY: as above.
+            unsafe {
+                let both = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(upper.0, self.0));
+                let order = _mm512_loadu_si512(INTERLEAVE.as_ptr().cast());
+                Avx512(_mm512_castsi512_ps(_mm512_permutexvar_epi16(order, both)))
+            }
+        }
+    }
+
+    /// Halves of a 32-element vector, interleaved: 0 16 1 17 …
+    const INTERLEAVE: [u16; 32] = {
+        let mut order = [0; 32];
+        let mut i = 0;
+        while i < 32 {
+            order[i] = (i / 2 + i % 2 * 16) as u16;
+            i += 1;
+        }
+        order
+    };
+
     /// Two AVX registers (features AVX2, FMA).
     #[derive(Clone, Copy)]
     pub struct Avx2(pub __m256, pub __m256);
@@ -188,6 +243,52 @@ mod x86 {
                 let words = _mm512_loadu_si512(words.as_ptr().cast());
                 _mm512_cmpge_epu32_mask(words, _mm512_set1_epi32(threshold as i32))
             }
+        }
+        /// Eight counters per register, each word in the lower half of a 64-bit lane, where `vpmuludq` wants it; what
+        /// stands in the upper halves never matters.
+        #[inline(always)]
+        unsafe fn philox(
+            low: &[u32; LANES],
+            high: &[u32; LANES],
+            step: u32,
+            site: u32,
+            key: [u32; 2],
+        ) -> [[u32; LANES]; 4] {
+            let mut words = [[0; LANES]; 4];
+            // SAFETY: the caller vouches for the features; the arrays hold sixteen words.
+            unsafe {
+                let m0 = _mm512_set1_epi64(0xD251_1F53);
+                let m1 = _mm512_set1_epi64(0xCD9E_8D57);
+                let half = |x: &[u32; LANES], h: usize| {
+                    _mm512_cvtepu32_epi64(_mm256_loadu_si256(x.as_ptr().add(8 * h).cast()))
+                };
+                let mut c0 = [half(low, 0), half(low, 1)];
+                let mut c1 = [half(high, 0), half(high, 1)];
+                let mut c2 = [_mm512_set1_epi64(step as i64); 2];
+                let mut c3 = [_mm512_set1_epi64(site as i64); 2];
+                let [mut k0, mut k1] = key;
+                for _ in 0..10 {
+                    let (key0, key1) = (_mm512_set1_epi64(k0 as i64), _mm512_set1_epi64(k1 as i64));
+                    for h in 0..2 {
+                        let (p0, p1) = (_mm512_mul_epu32(c0[h], m0), _mm512_mul_epu32(c2[h], m1));
+                        // 0x96: a ^ b ^ c.
+                        c0[h] = _mm512_ternarylogic_epi64::<0x96>(_mm512_srli_epi64::<32>(p1), c1[h], key0);
+                        c2[h] = _mm512_ternarylogic_epi64::<0x96>(_mm512_srli_epi64::<32>(p0), c3[h], key1);
+                        c1[h] = p1;
+                        c3[h] = p0;
+                    }
+                    k0 = k0.wrapping_add(0x9E37_79B9);
+                    k1 = k1.wrapping_add(0xBB67_AE85);
+                }
+                let even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+                for (words, c) in words.iter_mut().zip([c0, c1, c2, c3]) {
+                    _mm512_storeu_si512(
+                        words.as_mut_ptr().cast(),
+                        _mm512_permutex2var_epi32(c[0], even, c[1]),
+                    );
+                }
+            }
+            words
         }
         #[inline(always)]
         fn mul_add(self, b: Self, c: Self) -> Self {
@@ -363,6 +464,7 @@ mod tests {
     /// The processor has the instruction set of `V`.
     #[inline(always)]
     unsafe fn check<V: Vector>(name: &str) {
+        // SAFETY: sixteen f32; the caller vouches for the instruction set.
         let load = |x: &[f32; LANES]| unsafe { V::load(x.as_ptr()) };
         let lanes = |v: V| {
             let mut out = [0f32; LANES];
@@ -397,11 +499,52 @@ mod tests {
         let words: [u32; LANES] = std::array::from_fn(|i| (i as u32) << 28);
         // SAFETY: the caller vouches for the instruction set.
         assert_eq!(unsafe { V::at_least(&words, 9 << 28) }, 0xFE00, "{name}");
+        let (low, high) = (words, words.map(|w| w.wrapping_mul(77) ^ 5));
+        // SAFETY: as above.
+        let drawn = unsafe { V::philox(&low, &high, 3, 9, [u32::MAX, 12]) };
+        for i in 0..LANES {
+            let want = crate::rng::philox4x32([low[i], high[i], 3, 9], [u32::MAX, 12]);
+            assert_eq!([drawn[0][i], drawn[1][i], drawn[2][i], drawn[3][i]], want, "{name}");
+        }
         let square: [[f32; LANES]; LANES] =
             std::array::from_fn(|r| std::array::from_fn(|c| (r * 16 + c) as f32));
         let turned = V::transpose(square.map(|row| load(&row)));
         for c in 0..LANES {
             assert_eq!(lanes(turned[c]), std::array::from_fn(|r| square[r][c]), "{name}");
+        }
+    }
+
+    /// Pairs of bf16: the product is the one of the rounded numbers, and the rounding is to nearest even.
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn bf16_pairs_multiply_like_rounded_numbers() {
+        use half::bf16;
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
+        fn check() {
+            let x = |seed: usize| -> [f32; LANES] {
+                std::array::from_fn(|i| ((i * 37 + seed * 101) % 91) as f32 * 0.173 - 7.0)
+            };
+            let rounded = |x: f32| bf16::from_f32(x).to_f32();
+            let (a0, a1, b0, b1, c) = (x(1), x(2), x(3), x(4), x(5));
+            let mut got = [0f32; LANES];
+            // SAFETY: the features are enabled here; all arrays hold sixteen f32.
+            unsafe {
+                let load = |x: &[f32; LANES]| Avx512::load(x.as_ptr());
+                let (a, b) = (load(&a0).pair_bf16(load(&a1)), load(&b0).pair_bf16(load(&b1)));
+                a.dot_bf16(b, load(&c)).store(got.as_mut_ptr());
+            }
+            for i in 0..LANES {
+                let want = c[i] + rounded(a0[i]) * rounded(b0[i]) + rounded(a1[i]) * rounded(b1[i]);
+                assert!(
+                    (got[i] - want).abs() <= 1e-5 * want.abs().max(1.0),
+                    "lane {i}: {} is not {want}",
+                    got[i]
+                );
+            }
+        }
+        if crate::cpu::simd::has_avx512() && is_x86_feature_detected!("avx512bf16") {
+            // SAFETY: just found.
+            unsafe { check() };
         }
     }
 

@@ -14,7 +14,7 @@ use super::dropout::Draws;
 use super::panel::{
     Job, Order, Run, load_lanes, pack_columns, pack_rows, panel_width, positions, store_lanes, unpack_columns,
 };
-use super::tile::{Scalars, Vectors, accumulate_panel, accumulate_rows, multiply};
+use super::tile::{Plain, Scalars, Vectors, accumulate_panel, accumulate_rows, multiply};
 use super::{BLOCK, Shared, TILE};
 use crate::cpu::scratch;
 use crate::cpu::simd_vector::{LANES, Vector};
@@ -257,7 +257,7 @@ unsafe fn tile<V: Vector, A: Act, const N: usize>(
                 }
                 let a = Scalars { pointer: p.k.add(at), row: 1, step: width };
                 let b = Vectors { pointer: p.ds, step: stride };
-                accumulate_rows::<V, N>(p.dqt, stride, width, block.count, a, b);
+                accumulate_rows::<V, Plain, N>(p.dqt, stride, width, block.count, a, b);
             }
         }
         let factor = [V::splat(1.0 / (kw as f32).sqrt()); N];
@@ -296,7 +296,8 @@ unsafe fn differentiate<V: Vector, const R: usize, const N: usize>(
         for group in (0..block.count.next_multiple_of(8)).step_by(R) {
             let row = block.begin + group;
             let a = Scalars { pointer: p.k.add(row * width), row: width, step: 1 };
-            let acc = multiply::<V, R, N>([[zero; N]; R], width, a, Vectors { pointer: p.qt, step: stride });
+            let acc =
+                multiply::<V, Plain, R, N>([[zero; N]; R], width, a, Vectors { pointer: p.qt, step: stride });
             let crosses = block.banded && order.crosses_window(queries, row, R);
             for (r, acc) in acc.iter().enumerate() {
                 let mut attends = [if group + r < block.count { u16::MAX } else { 0 }; N];
@@ -309,7 +310,12 @@ unsafe fn differentiate<V: Vector, const R: usize, const N: usize>(
                 }
             }
             let a = Scalars { pointer: p.v.add(row * width), row: width, step: 1 };
-            let acc = multiply::<V, R, N>([[zero; N]; R], width, a, Vectors { pointer: p.dot, step: stride });
+            let acc = multiply::<V, Plain, R, N>(
+                [[zero; N]; R],
+                width,
+                a,
+                Vectors { pointer: p.dot, step: stride },
+            );
             for (r, acc) in acc.iter().enumerate() {
                 for v in 0..N {
                     let at = p.s.add((group + r) * stride + v * LANES);

@@ -41,30 +41,18 @@ impl Draws {
     /// The instruction set of V is present.
     #[inline(always)]
     pub unsafe fn keys<V: Vector>(&self, block: u32, v: usize) -> [u16; 8] {
-        const M: [u64; 2] = [0xD251_1F53, 0xCD9E_8D57];
-        const W: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
-        let (mut c0, mut c1) = ([0u32; LANES], [0u32; LANES]);
-        let (mut c2, mut c3) = ([self.dropout.step; LANES], [self.dropout.site; LANES]);
+        let (mut low, mut high) = ([0u32; LANES], [0u32; LANES]);
         for i in 0..LANES {
             // A row starts at a multiple of 8192, so this cannot carry into the high word.
-            c0[i] = self.low[v * LANES + i] | block;
-            c1[i] = self.high[v * LANES + i];
+            low[i] = self.low[v * LANES + i] | block;
+            high[i] = self.high[v * LANES + i];
         }
-        let mut key = [self.dropout.seed as u32, (self.dropout.seed >> 32) as u32];
-        for _ in 0..10 {
-            for i in 0..LANES {
-                let p0 = c0[i] as u64 * M[0];
-                let p1 = c2[i] as u64 * M[1];
-                c0[i] = (p1 >> 32) as u32 ^ c1[i] ^ key[0];
-                c1[i] = p1 as u32;
-                c2[i] = (p0 >> 32) as u32 ^ c3[i] ^ key[1];
-                c3[i] = p0 as u32;
-            }
-            key = [key[0].wrapping_add(W[0]), key[1].wrapping_add(W[1])];
-        }
+        let Dropout { seed, step, site, .. } = self.dropout;
+        // SAFETY: the caller vouches for the instruction set.
+        let mut words = unsafe { V::philox(&low, &high, step, site, [seed as u32, (seed >> 32) as u32]) };
         let threshold = dropout_threshold(self.dropout.probability) << 16;
         let mut bits = [0; 8];
-        for (w, words) in [c0, c1, c2, c3].iter_mut().enumerate() {
+        for (w, words) in words.iter_mut().enumerate() {
             // SAFETY: the caller vouches for the instruction set.
             unsafe {
                 // A half compared in the upper 16 bits: what lies below cannot lift it over the threshold.

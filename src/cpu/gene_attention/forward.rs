@@ -10,10 +10,15 @@
 //! ```
 //! The running maximum m may lag by a factor of 2^8, which f32 has room for; so Oᵀ is rescaled once or twice per tile
 //! rather than in every block. Only the quotient O/l and m + log2 l leave the tile, and neither depends on m.
+//!
+//! bf16 with AVX512_BF16 runs the same lines on pairs: `vdpbf16ps` takes two features of K Qᵀ, then two keys of Vᵀ Pᵀ, per
+//! step, P rounded to bf16; sums, maxima and l stay f32. Without it bf16 is widened when the panels are packed.
 
 use super::dropout::Draws;
-use super::panel::{Job, Order, Run, pack_columns, pack_rows, panel_width, positions, unpack_columns};
-use super::tile::{Scalars, Vectors, accumulate_rows, multiply};
+use super::panel::{
+    Job, Order, Run, pack_columns, pack_row_pairs, pack_rows, panel_width, positions, unpack_columns,
+};
+use super::tile::{Product, Scalars, Vectors, accumulate_rows, multiply};
 use super::{BLOCK, MASKED, Shared, TILE};
 use crate::cpu::scratch;
 use crate::cpu::simd_vector::{LANES, Vector};
@@ -45,7 +50,7 @@ struct Panels {
 /// # Safety
 /// The instruction set of V is present; no other item writes these queries' rows of this head; `out` covers the batch.
 #[inline(always)]
-pub unsafe fn item<V: Vector, A: Act>(
+pub unsafe fn item<V: Vector, P: Product<V>, A: Act>(
     job: &Job<'_, A>,
     out: &Out<A>,
     cell: usize,
@@ -59,20 +64,25 @@ pub unsafe fn item<V: Vector, A: Act>(
     let (keys, queries) = numbers.slice::<u32>(rows + len).split_at_mut(rows);
     let mut flags = scratch::take(rows);
     let order = job.order(cell, keys, flags.slice::<u8>(rows), queries);
-    let mut floats = scratch::take(4 * (2 * rows * width + (2 * width + BLOCK) * TILE));
-    let (k, rest) =
-        floats.slice::<f32>(2 * rows * width + (2 * width + BLOCK) * TILE).split_at_mut(rows * width);
+    // Elements of a query, key or value row: f32, or pairs of bf16 as they lie in memory.
+    let score_width = if P::PAIRS { panel_width(job.head_width / 2) } else { width };
+    let floats = rows * (score_width + width) + (score_width + width + BLOCK) * TILE;
+    let mut block = scratch::take(4 * floats);
+    let (k, rest) = block.slice::<f32>(floats).split_at_mut(rows * score_width);
     let (v, rest) = rest.split_at_mut(rows * width);
-    let (qt, rest) = rest.split_at_mut(width * TILE);
+    let (qt, rest) = rest.split_at_mut(score_width * TILE);
     let (ot, s) = rest.split_at_mut(width * TILE);
     // SAFETY: panels hold `rows` rows; `order.keys` names tokens of the cell; the caller vouches for the rest.
     unsafe {
-        let source = |third| {
-            let keys = &*order.keys;
-            move |row: usize| job.token(start + keys[row] as usize, third, head)
-        };
-        pack_rows::<V, A>(k.as_mut_ptr(), rows, job.head_width, source(1));
-        pack_rows::<V, A>(v.as_mut_ptr(), rows, job.head_width, source(2));
+        let token = |row: usize| start + order.keys[row] as usize;
+        if P::PAIRS {
+            let key = |row| job.token(token(row), 1, head).cast::<f32>();
+            pack_rows::<V, f32>(k.as_mut_ptr(), rows, job.head_width / 2, key);
+            pack_row_pairs::<A>(v.as_mut_ptr(), rows, job.head_width, |row| job.token(token(row), 2, head));
+        } else {
+            pack_rows::<V, A>(k.as_mut_ptr(), rows, job.head_width, |row| job.token(token(row), 1, head));
+            pack_rows::<V, A>(v.as_mut_ptr(), rows, job.head_width, |row| job.token(token(row), 2, head));
+        }
         let panels = Panels {
             k: k.as_ptr(),
             v: v.as_ptr(),
@@ -84,9 +94,9 @@ pub unsafe fn item<V: Vector, A: Act>(
         while at < end {
             let count = order.tile(at, end);
             match count.div_ceil(LANES) {
-                1 => tile::<V, A, 1>(job, &order, out, &panels, head, at, count),
-                2 => tile::<V, A, 2>(job, &order, out, &panels, head, at, count),
-                _ => tile::<V, A, 3>(job, &order, out, &panels, head, at, count),
+                1 => tile::<V, P, A, 1>(job, &order, out, &panels, head, at, count),
+                2 => tile::<V, P, A, 2>(job, &order, out, &panels, head, at, count),
+                _ => tile::<V, P, A, 3>(job, &order, out, &panels, head, at, count),
             }
             at += count;
         }
@@ -95,7 +105,7 @@ pub unsafe fn item<V: Vector, A: Act>(
 
 /// `count` queries from `first` on, at most 16·N.
 #[inline(always)]
-unsafe fn tile<V: Vector, A: Act, const N: usize>(
+unsafe fn tile<V: Vector, P: Product<V>, A: Act, const N: usize>(
     job: &Job<'_, A>,
     order: &Order<'_>,
     out: &Out<A>,
@@ -106,11 +116,16 @@ unsafe fn tile<V: Vector, A: Act, const N: usize>(
 ) {
     let (h, d, kw) = (job.heads, job.width(), job.head_width);
     let (width, stride) = (panel_width(kw), N * LANES);
+    let score_width = if P::PAIRS { panel_width(kw / 2) } else { width };
     let queries = &order.queries[first..first + count];
     let token = |lane: usize| order.start + queries[lane] as usize;
     // SAFETY: every pointer below stays inside the panels and buffers that `item` laid out.
     unsafe {
-        pack_columns::<V, A, N>(p.qt, count, kw, |lane| job.token(token(lane), 0, head));
+        if P::PAIRS {
+            pack_columns::<V, f32, N>(p.qt, count, kw / 2, |lane| job.token(token(lane), 0, head).cast());
+        } else {
+            pack_columns::<V, A, N>(p.qt, count, kw, |lane| job.token(token(lane), 0, head));
+        }
         for c in 0..width * N {
             V::splat(0.0).store(p.ot.add(c * LANES));
         }
@@ -127,17 +142,18 @@ unsafe fn tile<V: Vector, A: Act, const N: usize>(
         let mut l = [V::splat(0.0); N];
         let (runs, run_count) = order.runs(first, count);
         for run in &runs[..run_count] {
+            let run = run.aligned(if P::PAIRS { 2 } else { 1 });
             for begin in (0..run.count).step_by(BLOCK) {
                 let block = Run {
                     begin: run.begin + begin,
                     count: (run.count - begin).min(BLOCK),
-                    banded: run.banded,
-                    consecutive: run.consecutive,
+                    skip: if begin == 0 { run.skip } else { 0 },
+                    ..run
                 };
                 let top = match V::ROWS {
-                    8 => scores::<V, 8, N>(order, p, width, block, queries, &position),
-                    2 => scores::<V, 2, N>(order, p, width, block, queries, &position),
-                    _ => scores::<V, 1, N>(order, p, width, block, queries, &position),
+                    8 => scores::<V, P, 8, N>(order, p, score_width, block, queries, &position),
+                    2 => scores::<V, P, 2, N>(order, p, score_width, block, queries, &position),
+                    _ => scores::<V, P, 1, N>(order, p, score_width, block, queries, &position),
                 };
                 let mut above = 0;
                 for v in 0..N {
@@ -161,17 +177,37 @@ unsafe fn tile<V: Vector, A: Act, const N: usize>(
                 if let Some(draws) = &draws {
                     draws.block::<V, N>(order, block, &mut bits);
                 }
-                for (j, bits) in bits.iter().enumerate().take(block.count) {
+                let together = if P::PAIRS { 2 } else { 1 };
+                for j in (0..block.count).step_by(together) {
                     for v in 0..N {
                         let at = p.s.add(j * stride + v * LANES);
-                        let e = V::load(at).mul_add(scale, V::splat(0.0).sub(m[v])).exp2();
+                        let mut e = V::load(at).mul_add(scale, V::splat(0.0).sub(m[v])).exp2();
+                        if P::PAIRS && j < block.skip {
+                            e = V::splat(0.0);
+                        }
                         l[v] = l[v].add(e);
-                        if draws.is_some() { e.keep(bits[v]) } else { e }.store(at);
+                        if draws.is_some() {
+                            e = e.keep(bits[j][v]);
+                        }
+                        if P::PAIRS {
+                            let mut odd = V::splat(0.0);
+                            if j + 1 < block.count {
+                                odd = V::load(at.add(stride)).mul_add(scale, V::splat(0.0).sub(m[v])).exp2();
+                                l[v] = l[v].add(odd);
+                                if draws.is_some() {
+                                    odd = odd.keep(bits[j + 1][v]);
+                                }
+                            }
+                            P::pair(e, odd).store(p.s.add(j / 2 * stride + v * LANES));
+                        } else {
+                            e.store(at);
+                        }
                     }
                 }
-                let a = Scalars { pointer: p.v.add(block.begin * width), row: 1, step: width };
+                let first_row = block.begin / together;
+                let a = Scalars { pointer: p.v.add(first_row * width), row: 1, step: width };
                 let b = Vectors { pointer: p.s, step: stride };
-                accumulate_rows::<V, N>(p.ot, stride, width, block.count, a, b);
+                accumulate_rows::<V, P, N>(p.ot, stride, width, block.count.div_ceil(together), a, b);
             }
         }
         let mut inverse = [V::splat(0.0); N];
@@ -194,7 +230,7 @@ unsafe fn tile<V: Vector, A: Act, const N: usize>(
 
 /// Writes Sᵀ of a block; returns the greatest score per query.
 #[inline(always)]
-unsafe fn scores<V: Vector, const R: usize, const N: usize>(
+unsafe fn scores<V: Vector, P: Product<V>, const R: usize, const N: usize>(
     order: &Order<'_>,
     p: &Panels,
     width: usize,
@@ -210,7 +246,7 @@ unsafe fn scores<V: Vector, const R: usize, const N: usize>(
         for group in (0..block.count).step_by(R) {
             let row = block.begin + group;
             let a = Scalars { pointer: p.k.add(row * width), row: width, step: 1 };
-            let mut acc = multiply::<V, R, N>([[V::splat(0.0); N]; R], width, a, b);
+            let mut acc = multiply::<V, P, R, N>([[V::splat(0.0); N]; R], width, a, b);
             if block.banded && order.crosses_window(queries, row, R) {
                 for (r, acc) in acc.iter_mut().enumerate() {
                     let bits = order.window_bits(row + r, position);
@@ -222,7 +258,7 @@ unsafe fn scores<V: Vector, const R: usize, const N: usize>(
             for (r, acc) in acc.iter().enumerate() {
                 for (v, acc) in acc.iter().enumerate() {
                     acc.store(p.s.add((group + r) * stride + v * LANES));
-                    if group + r < block.count {
+                    if (block.skip..block.count).contains(&(group + r)) {
                         top[v] = top[v].max(*acc);
                     }
                 }

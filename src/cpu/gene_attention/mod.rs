@@ -35,6 +35,8 @@ const MASKED: f32 = -1e30;
 /// Instruction sets that the kernels are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Isa {
+    /// AVX-512 F, BW, DQ, VL and BF16: bf16 products without widening. The same as [`Isa::Avx512`] for f32.
+    Avx512Bf16,
     /// AVX-512 F, BW, DQ, VL.
     Avx512,
     /// AVX2 and FMA.
@@ -49,6 +51,7 @@ impl Isa {
         let mut all = vec![];
         #[cfg(target_arch = "x86_64")]
         {
+            all.extend(has_avx512_bf16().then_some(Isa::Avx512Bf16));
             all.extend(super::simd::has_avx512().then_some(Isa::Avx512));
             all.extend(super::simd::has_avx2().then_some(Isa::Avx2));
         }
@@ -60,6 +63,9 @@ impl Isa {
     pub fn best() -> Isa {
         #[cfg(target_arch = "x86_64")]
         {
+            if has_avx512_bf16() {
+                return Isa::Avx512Bf16;
+            }
             if super::simd::has_avx512() {
                 return Isa::Avx512;
             }
@@ -69,6 +75,11 @@ impl Isa {
         }
         Isa::Portable
     }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn has_avx512_bf16() -> bool {
+    super::simd::has_avx512() && is_x86_feature_detected!("avx512bf16")
 }
 
 /// A pointer that several threads write through, each to elements of its own.
@@ -108,7 +119,7 @@ macro_rules! per_isa {
             unsafe {
                 match isa {
                     #[cfg(target_arch = "x86_64")]
-                    Isa::Avx512 => wide::<A>($($arg),*),
+                    Isa::Avx512 | Isa::Avx512Bf16 => wide::<A>($($arg),*),
                     #[cfg(target_arch = "x86_64")]
                     Isa::Avx2 => medium::<A>($($arg),*),
                     _ => $module::$body::<super::simd_vector::Portable, A>($($arg),*),
@@ -118,12 +129,71 @@ macro_rules! per_isa {
     };
 }
 
+/// [`forward::item`] with f32 products.
+///
+/// # Safety
+/// See there.
+#[inline(always)]
+unsafe fn plain_item<V: super::simd_vector::Vector, A: Act>(
+    job: &Job<'_, A>,
+    out: &forward::Out<A>,
+    cell: usize,
+    head: usize,
+    first: usize,
+    end: usize,
+) {
+    // SAFETY: the caller's.
+    unsafe { forward::item::<V, tile::Plain, A>(job, out, cell, head, first, end) }
+}
+
+/// [`forward::item`] with products of bf16 pairs.
+///
+/// # Safety
+/// See there; AVX512_BF16 is present and A is bf16 with an even head width.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
+unsafe fn pairs_item<A: Act>(
+    job: &Job<'_, A>,
+    out: &forward::Out<A>,
+    cell: usize,
+    head: usize,
+    first: usize,
+    end: usize,
+) {
+    // SAFETY: the caller's.
+    unsafe {
+        forward::item::<super::simd_vector::Avx512, tile::Bf16Pairs, A>(job, out, cell, head, first, end)
+    }
+}
+
 per_isa! {
     /// # Safety
     /// See [`forward::item`].
-    forward_item = forward::item,
+    plain_forward = self::plain_item,
     (job: &Job<'_, A>, out: &forward::Out<A>, cell: usize, head: usize, first: usize, end: usize)
 }
+
+/// # Safety
+/// See [`forward::item`].
+unsafe fn forward_item<A: Act>(
+    isa: Isa,
+    job: &Job<'_, A>,
+    out: &forward::Out<A>,
+    cell: usize,
+    head: usize,
+    first: usize,
+    end: usize,
+) {
+    // SAFETY: the caller's; a 16-bit activation type is bf16.
+    unsafe {
+        #[cfg(target_arch = "x86_64")]
+        if isa == Isa::Avx512Bf16 && !A::IS_F32 && job.head_width % 2 == 0 {
+            return pairs_item(job, out, cell, head, first, end);
+        }
+        plain_forward(isa, job, out, cell, head, first, end)
+    }
+}
+
 per_isa! {
     /// # Safety
     /// See [`backward::item`].

@@ -34,10 +34,20 @@ pub struct Run {
     pub begin: usize,
     /// Rows.
     pub count: usize,
+    /// Leading rows that are there for alignment alone and do not attend.
+    pub skip: usize,
     /// Ordinary keys of it attend within the window alone.
     pub banded: bool,
     /// Rows are consecutive keys from a multiple of 8 on.
     pub consecutive: bool,
+}
+
+impl Run {
+    /// The same keys from a row that `multiple` (1 or 2) divides.
+    pub fn aligned(self, multiple: usize) -> Run {
+        let skip = self.begin % multiple;
+        Run { begin: self.begin - skip, count: self.count + skip, skip, ..self }
+    }
 }
 
 /// K rounded up to whole vectors.
@@ -133,7 +143,7 @@ impl<A: Act> Job<'_, A> {
 impl Order<'_> {
     /// The runs that queries `first .. first + count` visit; tiles do not mix ordinary and global queries.
     pub fn runs(&self, first: usize, count: usize) -> ([Run; 3], usize) {
-        let whole = Run { begin: 0, count: self.len, banded: false, consecutive: true };
+        let whole = Run { begin: 0, count: self.len, skip: 0, banded: false, consecutive: true };
         let mut runs = [whole; 3];
         let Some(window) = self.window.filter(|_| first < self.ordinary) else {
             return (runs, 1);
@@ -141,7 +151,7 @@ impl Order<'_> {
         let low = (self.queries[first] as usize).saturating_sub(window) & !7;
         let last = self.queries[first + count - 1] as usize;
         let high = last.saturating_add(window).saturating_add(1).min(self.len);
-        runs[0] = Run { begin: low, count: high - low, banded: true, consecutive: true };
+        runs[0] = Run { begin: low, count: high - low, skip: 0, banded: true, consecutive: true };
         let gathered = self.len.next_multiple_of(8);
         let globals = &self.keys[gathered..gathered + self.len - self.ordinary];
         let before = globals.partition_point(|g| (*g as usize) < low);
@@ -149,8 +159,13 @@ impl Order<'_> {
         let mut n = 1;
         for (begin, end) in [(0, before), (inside, globals.len())] {
             if begin < end {
-                runs[n] =
-                    Run { begin: gathered + begin, count: end - begin, banded: false, consecutive: false };
+                runs[n] = Run {
+                    begin: gathered + begin,
+                    count: end - begin,
+                    skip: 0,
+                    banded: false,
+                    consecutive: false,
+                };
                 n += 1;
             }
         }
@@ -160,7 +175,11 @@ impl Order<'_> {
     /// The next tile of queries from `first` on: at most [`TILE`], all ordinary or all global.
     pub fn tile(&self, first: usize, end: usize) -> usize {
         let border = if first < self.ordinary { self.ordinary } else { self.len };
-        (border.min(end) - first).min(TILE)
+        match border.min(end) - first {
+            // Two tiles of two vectors rather than one of three and one of one, which waits for its loads.
+            left if left > TILE && left <= TILE + LANES => TILE - LANES,
+            left => left.min(TILE),
+        }
     }
 }
 
@@ -272,6 +291,35 @@ pub unsafe fn pack_rows<V: Vector, A: Act>(
         for at in (0..panel_width).step_by(LANES) {
             // SAFETY: the caller vouches for both ranges and the instruction set.
             unsafe { load_lanes::<V, A>(from, at, width).store(panel.add(row * panel_width + at)) };
+        }
+    }
+}
+
+/// Pairs of rows side by side: 32-bit element (row / 2, c) holds column c of an even row in its lower half and of the odd
+/// row in its upper half. `rows` is even.
+///
+/// # Safety
+/// As [`pack_rows`]; A is a 16-bit type.
+#[inline(always)]
+pub unsafe fn pack_row_pairs<A: Act>(
+    panel: *mut f32,
+    rows: usize,
+    width: usize,
+    source: impl Fn(usize) -> *const A,
+) {
+    let panel_width = panel_width(width);
+    for row in (0..rows).step_by(2) {
+        // SAFETY: the caller vouches for both ranges and for the size of A.
+        unsafe {
+            let even = std::slice::from_raw_parts(source(row).cast::<u16>(), width);
+            let odd = std::slice::from_raw_parts(source(row + 1).cast::<u16>(), width);
+            let pairs = panel.add(row / 2 * panel_width).cast::<u32>();
+            for c in 0..width {
+                *pairs.add(c) = even[c] as u32 | (odd[c] as u32) << 16;
+            }
+            for c in width..panel_width {
+                *pairs.add(c) = 0;
+            }
         }
     }
 }
