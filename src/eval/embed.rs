@@ -109,6 +109,16 @@ impl<B: Backend<A>, A: Act> Embedder<B, A> {
     pub fn pooling(&self) -> Pooling {
         self.pooling
     }
+    /// Genes of a cell that the encoder takes, special tokens not counted.
+    pub fn context(&self) -> usize {
+        self.batch.max_tokens - self.encoder.config.prefix() - self.encoder.config.suffix()
+    }
+    /// Word embeddings on the host, (V, D).
+    pub fn word_table(&self) -> Result<Vec<f32>> {
+        let mut word = self.dev.download(&self.params.master().named().embeddings.word)?;
+        word.truncate(self.encoder.config.vocab * self.width());
+        Ok(word)
+    }
     /// The model folder.
     pub fn folder(&self) -> &Path {
         &self.folder
@@ -152,7 +162,7 @@ impl<B: Backend<A>, A: Act> Embedder<B, A> {
     pub fn sentences(&mut self, lists: &[Vec<u32>]) -> Result<Vec<f32>> {
         let config = &self.encoder.config;
         let (before, after) = (config.vocabulary.cls, config.vocabulary.eos);
-        let room = self.batch.max_tokens - config.prefix() - config.suffix();
+        let room = self.context();
         let mut all = Vec::new();
         for list in lists {
             let genes: Vec<u32> =

@@ -3,8 +3,10 @@
 //! The measures are pure functions over host arrays ([`Rows`], class indices); they know nothing of the model and follow
 //! scikit-learn's and scib's definitions, against which golden tests hold them. Nothing depends on the number of threads.
 
+pub mod annotate;
 pub mod clustering;
 pub mod embed;
+pub mod evaluate;
 pub mod frozen;
 pub mod kmeans;
 pub mod knn;
@@ -15,6 +17,7 @@ pub mod npy;
 pub mod probe;
 pub mod rows;
 pub mod silhouette;
+pub mod summary;
 pub mod zero_shot;
 
 pub use rows::Rows;

@@ -30,6 +30,17 @@ pub enum Evidence {
     Both,
 }
 
+impl Evidence {
+    /// As on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Evidence::Prototype => "prototype",
+            Evidence::Markers => "markers",
+            Evidence::Both => "both",
+        }
+    }
+}
+
 /// Temperature of the softmax where no checkpoint names one: that of the prototype loss.
 pub const TEMPERATURE: f32 = 0.07;
 
