@@ -37,8 +37,6 @@ pub struct ObjectiveConfig {
     pub cells_per_prototype: usize,
     /// Whether prototypes learn.
     pub trainable: bool,
-    /// Learning rate of the prototypes.
-    pub prototype_learning_rate: f32,
     /// Mode C: after each epoch q ← r q + (1 - r) · mean of its cells under the current encoder; 0 = never.
     pub refresh: f32,
     /// Whether the teacher's mean embedding is taken off before cosines.
@@ -90,7 +88,6 @@ impl Default for ObjectiveConfig {
             prototypes: PrototypeMode::Cells,
             cells_per_prototype: 16,
             trainable: true,
-            prototype_learning_rate: 5e-3,
             refresh: 0.0,
             center: true,
             tau: 0.07,
@@ -131,7 +128,6 @@ impl ObjectiveConfig {
             ("margin", self.margin),
             ("logit_adjustment", self.logit_adjustment),
             ("prototype_anchor", self.prototype_anchor),
-            ("prototype_learning_rate", self.prototype_learning_rate),
         ] {
             if !(x >= 0.0 && x.is_finite()) {
                 return refuse(name, x, "a finite number, 0 or more");
