@@ -238,6 +238,24 @@ impl<B: Device, A: Act> MaskedGenes<B, A> {
         B: Backend<A>,
     {
         dev.clear(acts.dx()?)?;
+        self.backward_onto(dev, config, params, batch, acts, gradient_scale, grads)
+    }
+
+    /// The same, but added to what `acts.dx()` holds: a pooled loss on the same forward pass.
+    #[allow(clippy::too_many_arguments)] // as above
+    pub fn backward_onto(
+        &mut self,
+        dev: &B,
+        config: &ModelConfig,
+        params: &Parameters<B, A>,
+        batch: &DeviceBatch<B>,
+        acts: &mut Activations<B, A>,
+        gradient_scale: f32,
+        grads: &mut Weights<B::Buf<f32>>,
+    ) -> Result<()>
+    where
+        B: Backend<A>,
+    {
         if self.masked == 0 {
             return Ok(());
         }
