@@ -1,12 +1,46 @@
 //! `cellrefine finetune`.
 
+use super::training::{ResumeFlag, SplitArgs, Watcher, help, inputs};
 use super::{Global, Output};
-use crate::error::{Error, Result};
+use crate::config::Stage;
+use crate::error::Result;
+use crate::train::stages;
+use std::path::PathBuf;
 
 /// Flags of `finetune`.
 #[derive(Debug, clap::Args)]
-pub struct Flags {}
+#[command(after_help = help(Stage::Finetune, EXAMPLES))]
+pub struct Flags {
+    /// Corpus folder, from `pack`.
+    #[arg(long, value_name = "X.cells")]
+    corpus: PathBuf,
+    /// Run, checkpoint or Hugging Face folder to start from.
+    #[arg(long, value_name = "CKPT")]
+    checkpoint: PathBuf,
+    /// Obs column with the classes.
+    #[arg(long, value_name = "COLUMN")]
+    label: String,
+    /// Run folder to write.
+    #[arg(long, value_name = "RUN")]
+    out: PathBuf,
+    /// Use so many labelled training cells per class.
+    #[arg(long, value_name = "N")]
+    labels_per_class: Option<usize>,
+    #[command(flatten)]
+    split: SplitArgs,
+    #[command(flatten)]
+    resume: ResumeFlag,
+}
 
-pub fn run(_global: &Global, _flags: &Flags) -> Result<Output> {
-    Err(Error::bug("finetune is not written yet"))
+const EXAMPLES: &str = "Examples:\n  \
+    cellrefine finetune --corpus pbmc.cells --checkpoint runs/refine --label cell_type --out runs/finetune\n  \
+    cellrefine finetune --corpus pbmc.cells --checkpoint runs/pretrain --label cell_type --labels-per-class 10 \
+    --set finetune.class_weights=none --out runs/few";
+
+pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
+    let split = flags.split.flags(Some(flags.label.clone()), flags.labels_per_class);
+    let mut inputs = inputs(global, &flags.corpus, &flags.out, split, &flags.resume);
+    inputs.checkpoint = Some(flags.checkpoint.clone());
+    let summary = stages::finetune(&inputs, &mut Watcher::new(global))?;
+    Ok(Output { text: summary.to_text(), json: summary.to_json() })
 }

@@ -19,6 +19,7 @@ mod pretrain;
 mod progress;
 mod refine;
 mod report;
+mod training;
 mod vocab;
 
 pub use progress::Progress;

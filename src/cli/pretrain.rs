@@ -1,12 +1,52 @@
 //! `cellrefine pretrain`.
 
+use super::training::{ResumeFlag, SplitArgs, Watcher, help, inputs};
 use super::{Global, Output};
-use crate::error::{Error, Result};
+use crate::config::Stage;
+use crate::error::Result;
+use crate::train::stages;
+use std::path::PathBuf;
 
 /// Flags of `pretrain`.
 #[derive(Debug, clap::Args)]
-pub struct Flags {}
+#[command(after_help = help(Stage::Pretrain, EXAMPLES))]
+pub struct Flags {
+    /// Corpus folder, from `pack`.
+    #[arg(long, value_name = "X.cells")]
+    corpus: PathBuf,
+    /// Size of a new encoder: tiny, small, gf-v1-10m, gf-v1-40m, gf-v2-104m, gf-v2-316m.
+    #[arg(
+        long,
+        value_name = "PRESET",
+        required_unless_present = "checkpoint",
+        conflicts_with = "checkpoint"
+    )]
+    preset: Option<String>,
+    /// Go on from these weights instead: run, checkpoint or Hugging Face folder.
+    #[arg(long, value_name = "CKPT")]
+    checkpoint: Option<PathBuf>,
+    /// Run folder to write.
+    #[arg(long, value_name = "RUN")]
+    out: PathBuf,
+    /// Label column to stratify --split by; labels are not trained on.
+    #[arg(long, value_name = "COLUMN")]
+    label: Option<String>,
+    #[command(flatten)]
+    split: SplitArgs,
+    #[command(flatten)]
+    resume: ResumeFlag,
+}
 
-pub fn run(_global: &Global, _flags: &Flags) -> Result<Output> {
-    Err(Error::bug("pretrain is not written yet"))
+const EXAMPLES: &str = "Examples:\n  \
+    cellrefine pretrain --corpus pbmc.cells --preset tiny --out runs/pretrain\n  \
+    cellrefine pretrain --corpus pbmc.cells --preset small --label cell_type --split train=0.6,val=0.1,test=0.3 \
+    --set train.epochs=10 --out runs/pretrain";
+
+pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
+    let split = flags.split.flags(flags.label.clone(), None);
+    let mut inputs = inputs(global, &flags.corpus, &flags.out, split, &flags.resume);
+    inputs.preset = flags.preset.clone();
+    inputs.checkpoint = flags.checkpoint.clone();
+    let summary = stages::pretrain(&inputs, &mut Watcher::new(global))?;
+    Ok(Output { text: summary.to_text(), json: summary.to_json() })
 }

@@ -48,6 +48,11 @@ impl Progress {
         self.bar.set_message(text.to_string());
     }
 
+    /// Prints through `print` without tearing the bar.
+    pub fn above(&self, print: impl FnOnce()) {
+        self.bar.suspend(print);
+    }
+
     fn line(&self) {
         let Some(next) = &self.next_line else { return };
         let Ok(mut next) = next.try_lock() else { return };

@@ -1,1 +1,35 @@
-//! (module train)
+//! Training: three stages over one loop.
+//!
+//! | file | what |
+//! |---|---|
+//! | [`trunk`] | the encoder with gradients, moments and buffers; logical batches cut into parts |
+//! | [`task`] | what a stage adds: its loss, its own weights, its measure |
+//! | [`pretrain`], [`finetune`] | masked genes; a classifier |
+//! | [`refine`], [`refine_start`] | prototypes beside masked genes; teacher, targets and first prototypes |
+//! | [`inputs`], [`stages`] | what a stage opens; one call per stage |
+//! | [`run`] | the loop: steps, bad steps, evaluation, checkpoints, signals |
+//! | [`optimizer`], [`schedule`] | AdamW over ranges of flat stores; warm-up and decay |
+//! | [`folder`], [`state`] | run folders that survive any kill; what a resumed run finds again |
+//! | [`record`] | what a logged step says, and how fast it went |
+//! | [`observer`] | who watches |
+
+pub mod finetune;
+pub mod folder;
+pub mod inputs;
+pub mod observer;
+pub mod optimizer;
+pub mod pretrain;
+pub mod record;
+pub mod refine;
+pub mod refine_start;
+pub mod run;
+pub mod schedule;
+pub mod stages;
+pub mod state;
+pub mod task;
+pub mod trunk;
+
+pub use inputs::{Resume, RunInputs, SplitFlags};
+pub use observer::{Flow, Observer, Unwatched};
+pub use refine_start::MarkerInputs;
+pub use run::RunSummary;

@@ -1,0 +1,239 @@
+//! A classifier on the cell vector: `L = Σ_i κ_i CE(W h_i + b, y_i)`, `κ_i = w_{y_i} / Σ_j w_{y_j}` over the logical batch.
+//!
+//! w is 1, or the effective-number weight (1-β)/(1-βⁿ) of the class's n training cells, mean 1 over the classes: rare classes
+//! count more, but never more than their evidence bears.
+
+use super::optimizer::{Moments, NORM_SLOT, Span, spans};
+use super::task::{Evaluation, Loss, Own, Task};
+use super::trunk::{Draw, Trunk};
+use crate::config::{ClassWeights, FinetuneSettings};
+use crate::corpus::{Batch, Labels};
+use crate::device::Act;
+use crate::error::{Error, Result};
+use crate::eval::metrics::classification;
+use crate::model::heads::{self, Classify};
+use crate::model::weights::{Classification, Classifier};
+use crate::model::{Layout, ModelConfig, Store, checkpoint};
+use crate::ops::{Backend, reduce};
+use std::path::Path;
+
+/// Keeps the classifier's initial values apart from the encoder's under the same seed.
+const CLASSIFIER_SEED: u64 = 0x636c_6173_7369_6679;
+
+/// Class weights from the labelled training cells of each class, mean 1 over the classes that have some.
+pub fn class_weights(rule: ClassWeights, beta: f64, counts: &[u64]) -> Vec<f32> {
+    let weight = |n: u64| match rule {
+        ClassWeights::None => 1.0,
+        ClassWeights::EffectiveNumber => (1.0 - beta) / (1.0 - beta.powf(n as f64)),
+    };
+    let present: Vec<f64> = counts.iter().filter(|n| **n > 0).map(|n| weight(*n)).collect();
+    let mean = present.iter().sum::<f64>() / present.len().max(1) as f64;
+    counts.iter().map(|n| if *n > 0 { (weight(*n) / mean) as f32 } else { 0.0 }).collect()
+}
+
+/// The stage.
+pub struct Finetune<B: Backend<A>, A: Act> {
+    labels: Labels,
+    class_weight: Vec<f32>,
+    layout: Layout<Classification>,
+    weight: Store<B, f32, Classification>,
+    grad: Store<B, f32, Classification>,
+    moments: Moments<B>,
+    spans: Vec<Span>,
+    learning_rate: f64,
+    depth: usize,
+    rows: Rows<B>,
+    _act: std::marker::PhantomData<A>,
+}
+
+/// Buffers over the cells of a part.
+struct Rows<B: crate::device::Device> {
+    h: B::Buf<f32>,
+    dh: B::Buf<f32>,
+    loss: B::Buf<f32>,
+    lse: B::Buf<f32>,
+    target: B::Buf<i32>,
+    weight: B::Buf<f32>,
+}
+
+impl<B: Backend<A>, A: Act> Finetune<B, A> {
+    /// The stage over `trunk`, for `labels` of which `counts` cells a class train.
+    pub fn new(
+        trunk: &Trunk<B, A>,
+        settings: &FinetuneSettings,
+        labels: Labels,
+        counts: &[u64],
+        learning_rate: f64,
+        seed: u64,
+    ) -> Result<Self> {
+        let (dev, config) = (&trunk.dev, trunk.config());
+        let (classes, width) = (labels.classes.len(), config.width);
+        if counts.iter().filter(|n| **n > 0).count() < 2 {
+            let only = counts.iter().position(|n| *n > 0).map_or("no class", |c| &labels.classes[c]);
+            return Err(Error::input(
+                "a classifier needs cells of at least two classes in the training split",
+            )
+            .at(format!("obs column {}", labels.column))
+            .found(only)
+            .next("choose another --label or --split"));
+        }
+        let layout = Layout::classifier(classes, width);
+        let mut weight = Store::zeros(dev, &layout)?;
+        weight.randomize(dev, &layout, config.initializer_range, seed ^ CLASSIFIER_SEED)?;
+        let cells = trunk.capacity().cells;
+        Ok(Finetune {
+            class_weight: class_weights(settings.class_weights, settings.beta, counts),
+            labels,
+            weight,
+            grad: Store::zeros(dev, &layout)?,
+            moments: Moments::zeros(dev, layout.len())?,
+            spans: spans(&layout, |_| true),
+            layout,
+            learning_rate,
+            depth: config.depth(config.layer)?,
+            rows: Rows {
+                h: dev.zeros(cells * width)?,
+                dh: dev.zeros(cells * width)?,
+                loss: dev.zeros(cells)?,
+                lse: dev.zeros(cells)?,
+                target: dev.zeros(cells)?,
+                weight: dev.zeros(cells)?,
+            },
+            _act: std::marker::PhantomData,
+        })
+    }
+
+    /// The weights on the host.
+    fn host(&self, dev: &B) -> Result<Classifier<Vec<f32>>> {
+        let named = self.weight.named();
+        Ok(Classifier { weight: dev.download(&named.weight)?, bias: dev.download(&named.bias)? })
+    }
+}
+
+impl<B: Backend<A>, A: Act> Task<B, A> for Finetune<B, A> {
+    fn gradients(&mut self, trunk: &mut Trunk<B, A>, batch: &Batch, draw: Draw, read: bool) -> Result<Loss> {
+        let class_of: Vec<i32> = batch.cells.iter().map(|cell| self.labels.codes[*cell as usize]).collect();
+        let weight_of = |class: i32| if class < 0 { 0.0 } else { self.class_weight[class as usize] };
+        let sum: f64 = class_of.iter().map(|class| weight_of(*class) as f64).sum();
+        let mut genes = trunk.take_genes();
+        let logical = trunk.logical(batch, &mut genes);
+        let mut total = 0.0;
+        for cells in &logical.parts {
+            trunk.load(&logical, cells, draw.first_row)?;
+            let Trunk { dev, encoder, params, part, acts, grads, scalars, .. } = &mut *trunk;
+            let (config, rows, pass) = (&encoder.config, &mut self.rows, draw.pass());
+            encoder.forward(params.network(), part.input(), acts, pass, self.depth)?;
+            heads::pool(dev, config, config.pooling, part, acts, self.depth, &mut rows.h)?;
+            let weights: Vec<f32> = class_of[cells.clone()]
+                .iter()
+                .map(|class| (weight_of(*class) as f64 / sum.max(f64::MIN_POSITIVE)) as f32)
+                .collect();
+            dev.write(&mut rows.target, &class_of[cells.clone()])?;
+            dev.write(&mut rows.weight, &weights)?;
+            let classify = Classify {
+                cells: cells.len(),
+                classes: self.labels.classes.len(),
+                width: config.width,
+                classifier: self.weight.named(),
+                h: &rows.h,
+                target: &rows.target,
+                row_weight: &rows.weight,
+            };
+            classify.forward(dev, &mut rows.loss, &mut rows.lse, &mut rows.dh)?;
+            classify.backward(dev, &rows.lse, self.grad.named_mut())?;
+            heads::pool_backward(dev, config, config.pooling, part, &rows.dh, acts)?;
+            encoder.backward(params.network(), part.input(), acts, pass, self.depth, grads.named_mut())?;
+            if read {
+                reduce::sum::<B>(dev, &rows.loss, cells.len(), scalars, NORM_SLOT + 1)?;
+                let mut sums = [0.0; NORM_SLOT + 2];
+                dev.read(scalars, &mut sums)?;
+                total += sums[NORM_SLOT + 1];
+            }
+        }
+        trunk.recycle(genes);
+        Ok(Loss { total, terms: vec![("cross_entropy", total)], masked: 0 })
+    }
+
+    fn own(&mut self) -> Option<Own<'_, B, A>> {
+        Some(Own {
+            weight: self.weight.flat_mut(),
+            grad: self.grad.flat_mut(),
+            moments: &mut self.moments,
+            spans: &self.spans,
+            len: self.layout.len(),
+            learning_rate: self.learning_rate,
+            name: "classifier",
+            act: std::marker::PhantomData,
+        })
+    }
+
+    fn evaluate(&mut self, trunk: &mut Trunk<B, A>, cells: &[u32]) -> Result<Evaluation> {
+        let labelled: Vec<u32> =
+            cells.iter().copied().filter(|cell| self.labels.codes[*cell as usize] >= 0).collect();
+        let truth: Vec<usize> =
+            labelled.iter().map(|cell| self.labels.codes[*cell as usize] as usize).collect();
+        let logits = heads::logits(&trunk.embed(&labelled)?, &self.host(&trunk.dev)?);
+        let classes = self.labels.classes.len();
+        let predicted: Vec<usize> = logits.chunks_exact(classes).map(first_maximum).collect();
+        let scores = classification(&truth, &predicted, classes)?;
+        Ok(Evaluation {
+            measure: "val_macro_f1",
+            value: scores.macro_f1,
+            higher_is_better: true,
+            others: vec![("val_accuracy", scores.accuracy)],
+        })
+    }
+
+    fn save(&self, dev: &B, folder: &Path, _config: &ModelConfig) -> Result<()> {
+        checkpoint::write_classifier(
+            dev,
+            folder,
+            &self.layout,
+            &self.weight,
+            &self.labels.classes,
+            &self.labels.column,
+        )
+    }
+
+    fn restore(&mut self, dev: &B, folder: &Path) -> Result<()> {
+        let named = self.weight.named();
+        let width = crate::device::Len::len(&named.weight) / self.labels.classes.len();
+        let loaded = checkpoint::read_classifier(folder, width)?
+            .ok_or_else(|| Error::input("the checkpoint holds no classifier").at(folder.display()))?;
+        if loaded.labels != self.labels.classes {
+            return Err(Error::input("the checkpoint's classifier has other classes")
+                .at(folder.display())
+                .found(loaded.labels.join(", "))
+                .wanted(self.labels.classes.join(", ")));
+        }
+        let named = self.weight.named_mut();
+        dev.write(&mut named.weight, &loaded.weights.weight)?;
+        dev.write(&mut named.bias, &loaded.weights.bias)
+    }
+}
+
+/// Index of the largest value; the first of equals.
+fn first_maximum(row: &[f32]) -> usize {
+    row.iter().enumerate().fold(0, |best, (i, x)| if *x > row[best] { i } else { best })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rare_classes_weigh_more_and_the_mean_is_one() {
+        let w = class_weights(ClassWeights::EffectiveNumber, 0.999, &[1000, 100, 10, 0]);
+        assert!(w[0] < w[1] && w[1] < w[2] && w[3] == 0.0);
+        assert!(((w[0] + w[1] + w[2]) / 3.0 - 1.0).abs() < 1e-6);
+        // (1-β)/(1-βⁿ) by hand for n = 10 and 1000 at β = .999: .1004512 and .0015819.
+        assert!((w[2] / w[0] - 0.100_451_2 / 0.001_581_9).abs() < 0.01, "{w:?}");
+        assert_eq!(class_weights(ClassWeights::None, 0.9, &[5, 500]), [1.0, 1.0]);
+    }
+
+    #[test]
+    fn the_first_of_equal_maxima_wins() {
+        assert_eq!(first_maximum(&[1.0, 3.0, 3.0]), 1);
+        assert_eq!(first_maximum(&[f32::NAN, 1.0]), 0);
+    }
+}

@@ -1,0 +1,282 @@
+//! The run folder: who writes it, how a checkpoint appears in it, which one is the newest that can be trusted.
+//!
+//! A checkpoint is written into a temporary folder beside its final name: every file, each synced; then `state.json`, which
+//! holds size and SHA-256 of all the others; then one rename. So a folder named `step-N` is complete, and a kill or a power
+//! loss at any moment leaves the ones before it. `best` and `last` hold a checkpoint's name and are replaced by rename; they are
+//! a convenience, never believed without the manifest behind them.
+
+use crate::error::{Error, Result};
+use crate::model::checkpoint::{self, Pointer, write_synced};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+
+/// Name of a checkpoint's manifest.
+pub const MANIFEST: &str = "state.json";
+
+/// An open run folder, locked for as long as this lives.
+#[derive(Debug)]
+pub struct RunFolder {
+    root: PathBuf,
+    /// Holds the lock.
+    _lock: File,
+}
+
+impl RunFolder {
+    /// Opens or creates `root` and locks it. A second writer is refused (exit 4) with the holder's process id.
+    pub fn open(root: &Path) -> Result<RunFolder> {
+        fs::create_dir_all(root.join("checkpoints"))
+            .map_err(|e| Error::io(root, "create the run folder", &e))?;
+        let path = root.join(".lock");
+        let mut lock = File::options()
+            .create(true)
+            .truncate(false)
+            .read(true)
+            .write(true)
+            .open(&path)
+            .map_err(|e| Error::io(&path, "open the lock file", &e))?;
+        // SAFETY: flock takes a descriptor that `lock` keeps open, and touches no memory.
+        if unsafe { libc::flock(lock.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } != 0 {
+            let mut holder = String::new();
+            let _ = lock.read_to_string(&mut holder);
+            return Err(Error::environment("another process writes this run folder")
+                .at(root.display())
+                .found(holder.trim())
+                .next("wait for it, or choose another --out"));
+        }
+        let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        let _ = lock.set_len(0);
+        let _ = writeln!(lock, "process {} on {}", std::process::id(), host.trim());
+        Ok(RunFolder { root: root.to_path_buf(), _lock: lock })
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.root
+    }
+
+    /// Publishes `checkpoints/step-N`: `write` fills a temporary folder, then the manifest is written, then it is renamed.
+    /// `record` is the manifest without its file list. On failure nothing new is visible.
+    pub fn publish(
+        &self,
+        step: u64,
+        record: Value,
+        write: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<PathBuf> {
+        let parent = self.root.join("checkpoints");
+        let place = parent.join(format!("step-{step}"));
+        let partial = parent.join(format!(".step-{step}.partial"));
+        remove(&partial)?;
+        fs::create_dir(&partial).map_err(|e| Error::io(&partial, "create the checkpoint", &e))?;
+        let written = write(&partial).and_then(|()| seal(&partial, record)).and_then(|()| {
+            // Only a checkpoint of this very step can be in the way: made before a resume from an older one.
+            remove(&place)?;
+            fs::rename(&partial, &place).map_err(|e| Error::io(&place, "publish the checkpoint", &e))?;
+            sync(&parent)
+        });
+        if let Err(e) = written {
+            let _ = fs::remove_dir_all(&partial);
+            return Err(e);
+        }
+        verify(&place)?;
+        self.point(Pointer::Last, step)?;
+        Ok(place)
+    }
+
+    /// Makes `pointer` name the checkpoint of `step`.
+    pub fn point(&self, pointer: Pointer, step: u64) -> Result<()> {
+        checkpoint::point(&self.root, pointer, &format!("step-{step}"))
+    }
+
+    /// Removes all checkpoints but the newest `keep` and that of step `best`. Call after a publish.
+    pub fn prune(&self, keep: usize, best: Option<u64>) -> Result<()> {
+        for (step, place) in checkpoints(&self.root)?.into_iter().skip(keep.max(1)) {
+            if Some(step) != best {
+                remove(&place)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Forgets pointers and checkpoints: a run that starts afresh in a folder without a usable checkpoint.
+    pub fn clear(&self) -> Result<()> {
+        for name in ["best", "last", "metrics.jsonl"] {
+            let _ = fs::remove_file(self.root.join(name));
+        }
+        remove(&self.root.join("checkpoints"))?;
+        fs::create_dir_all(self.root.join("checkpoints"))
+            .map_err(|e| Error::io(&self.root, "create the run folder", &e))
+    }
+}
+
+/// (step, folder) of every published checkpoint of the run at `root`, newest first.
+pub fn checkpoints(root: &Path) -> Result<Vec<(u64, PathBuf)>> {
+    let parent = root.join("checkpoints");
+    let Ok(entries) = fs::read_dir(&parent) else { return Ok(Vec::new()) };
+    let mut found: Vec<(u64, PathBuf)> = entries
+        .filter_map(|entry| {
+            let path = entry.ok()?.path();
+            let step = path.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()?;
+            Some((step, path))
+        })
+        .collect();
+    found.sort_by_key(|(step, _)| std::cmp::Reverse(*step));
+    Ok(found)
+}
+
+/// Reads the manifest of the checkpoint at `place` and checks size and SHA-256 of every file that it names.
+pub fn verify(place: &Path) -> Result<Value> {
+    let manifest = read_manifest(place)?;
+    let broken = |file: &str, what: &str| {
+        Error::input(format!("checkpoint file {what}"))
+            .at(place.join(file).display())
+            .next("continue from an older one: --resume=auto")
+    };
+    let files = manifest["files"].as_object().ok_or_else(|| broken(MANIFEST, "lists no files"))?;
+    for (name, entry) in files {
+        if name.contains('/') {
+            return Err(broken(MANIFEST, "names a file outside the checkpoint").found(name));
+        }
+        let path = place.join(name);
+        let bytes = fs::metadata(&path).map_err(|e| Error::io(&path, "read the checkpoint file", &e))?.len();
+        if Some(bytes) != entry["bytes"].as_u64() {
+            return Err(broken(name, "has the wrong size")
+                .found(format!("{bytes} bytes"))
+                .wanted(format!("{} bytes", entry["bytes"])));
+        }
+        let digest = sha256(&path)?;
+        if Some(digest.as_str()) != entry["sha256"].as_str() {
+            return Err(broken(name, "is damaged").found(digest).wanted(&entry["sha256"]));
+        }
+    }
+    Ok(manifest)
+}
+
+/// The manifest of the checkpoint at `place`, unchecked.
+pub fn read_manifest(place: &Path) -> Result<Value> {
+    let path = place.join(MANIFEST);
+    let text =
+        fs::read_to_string(&path).map_err(|e| Error::io(&path, "read the checkpoint's manifest", &e))?;
+    serde_json::from_str(&text).map_err(|e| {
+        Error::input("the checkpoint's manifest is not JSON").at(path.display()).found(e.to_string())
+    })
+}
+
+/// Syncs every file of `folder`, writes its manifest, syncs that and the folder.
+fn seal(folder: &Path, mut record: Value) -> Result<()> {
+    let mut files = serde_json::Map::new();
+    let mut names: Vec<PathBuf> = fs::read_dir(folder)
+        .map_err(|e| Error::io(folder, "list the checkpoint", &e))?
+        .filter_map(|entry| entry.ok().map(|e| e.path()))
+        .collect();
+    names.sort();
+    for path in names {
+        sync(&path)?;
+        let bytes = fs::metadata(&path).map_err(|e| Error::io(&path, "read", &e))?.len();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        files.insert(name, serde_json::json!({"bytes": bytes, "sha256": sha256(&path)?}));
+    }
+    record["files"] = Value::Object(files);
+    write_synced(&folder.join(MANIFEST), format!("{record:#}\n").as_bytes())?;
+    sync(folder)
+}
+
+/// Writes `path` by temporary file, sync and rename.
+pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let partial = path.with_file_name(format!(".{name}.partial"));
+    write_synced(&partial, bytes)?;
+    fs::rename(&partial, path).map_err(|e| Error::io(path, "publish", &e))?;
+    path.parent().map_or(Ok(()), sync)
+}
+
+/// Syncs a file or a folder.
+fn sync(path: &Path) -> Result<()> {
+    File::open(path).and_then(|file| file.sync_all()).map_err(|e| Error::io(path, "sync", &e))
+}
+
+fn remove(folder: &Path) -> Result<()> {
+    match fs::remove_dir_all(folder) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(folder, "remove", &e)),
+        _ => Ok(()),
+    }
+}
+
+/// SHA-256 of a file, hexadecimal.
+pub fn sha256(path: &Path) -> Result<String> {
+    let mut file = File::open(path).map_err(|e| Error::io(path, "read", &e))?;
+    let mut hash = Sha256::new();
+    std::io::copy(&mut file, &mut hash).map_err(|e| Error::io(path, "read", &e))?;
+    Ok(hex(&hash.finalize()))
+}
+
+/// SHA-256 of bytes, hexadecimal.
+pub fn sha256_of(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn publish(run: &RunFolder, step: u64) -> PathBuf {
+        run.publish(step, json!({"step": step}), |folder| {
+            fs::write(folder.join("weights"), vec![step as u8; 100])
+                .map_err(|e| Error::io(folder, "write", &e))
+        })
+        .unwrap()
+    }
+
+    #[test]
+    fn publishes_points_and_prunes() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunFolder::open(dir.path()).unwrap();
+        publish(&run, 1);
+        for step in 2..=5 {
+            publish(&run, step);
+            run.prune(2, Some(1)).unwrap();
+        }
+        let steps: Vec<u64> = checkpoints(dir.path()).unwrap().iter().map(|(s, _)| *s).collect();
+        assert_eq!(steps, [5, 4, 1]);
+        assert_eq!(fs::read_to_string(dir.path().join("last")).unwrap(), "step-5\n");
+        assert_eq!(fs::read(dir.path().join("checkpoints/step-1/weights")).unwrap(), [1; 100]);
+    }
+
+    #[test]
+    fn damage_is_found_and_a_failed_write_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunFolder::open(dir.path()).unwrap();
+        let place = publish(&run, 7);
+        let failed = run.publish(8, json!({}), |_| Err(Error::environment("disk full")));
+        assert_eq!(failed.unwrap_err().kind().exit_code(), 4);
+        assert_eq!(fs::read_dir(dir.path().join("checkpoints")).unwrap().count(), 1);
+        let mut bytes = fs::read(place.join("weights")).unwrap();
+        bytes[50] ^= 1;
+        fs::write(place.join("weights"), &bytes).unwrap();
+        assert!(verify(&place).unwrap_err().to_string().contains("damaged"));
+        bytes.pop();
+        fs::write(place.join("weights"), &bytes).unwrap();
+        assert!(verify(&place).unwrap_err().to_string().contains("99 bytes"));
+        fs::remove_file(place.join("weights")).unwrap();
+        assert_eq!(verify(&place).unwrap_err().kind().exit_code(), 3);
+    }
+
+    #[test]
+    fn a_second_writer_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunFolder::open(dir.path()).unwrap();
+        let e = RunFolder::open(dir.path()).unwrap_err();
+        assert_eq!(e.kind().exit_code(), 4);
+        assert!(e.to_string().contains(&format!("process {}", std::process::id())));
+        drop(run);
+        RunFolder::open(dir.path()).unwrap();
+    }
+}

@@ -1,0 +1,352 @@
+//! What every stage opens first: corpus, vocabulary, checkpoint, split, run folder; and how an older run lends its split.
+
+use super::folder::{RunFolder, checkpoints, verify, write_atomically};
+use super::observer::Observer;
+use crate::config::{Settings, Sources, Stage};
+use crate::corpus::splits::{SplitRecord, SplitRule};
+use crate::corpus::{Corpus, Split, SplitSpec};
+use crate::error::{Error, Result};
+use crate::genes::Vocab;
+use crate::model::checkpoint::{self, VOCABULARY};
+use crate::model::config::Vocabulary;
+use crate::model::{ModelConfig, Preset};
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Name of the effective settings in a run folder.
+pub const SETTINGS: &str = "settings.toml";
+/// Name of the split's record in a run folder.
+pub const SPLIT: &str = "split.json";
+/// Name of the record of a run's inputs.
+pub const RUN: &str = "run.json";
+
+/// Whether to go on with what is in the run folder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Resume {
+    /// A new run; a folder that holds one already is refused.
+    #[default]
+    No,
+    /// Go on from the newest checkpoint; fail where there is none or it is damaged.
+    Last,
+    /// Go on from the newest checkpoint that verifies; start afresh where there is none.
+    Auto,
+}
+
+/// How cells are divided, as flags say it. With nothing said, the split of the checkpoint's run is taken over.
+#[derive(Debug, Clone, Default)]
+pub struct SplitFlags {
+    /// `train=0.67,test=0.33`.
+    pub split: Option<String>,
+    /// `COLUMN=VALUE`.
+    pub holdout: Option<String>,
+    /// Share of the cells outside the held-out part that validates.
+    pub validation: f64,
+    /// Label column.
+    pub label: Option<String>,
+    /// Label values left out.
+    pub exclude: Vec<String>,
+    /// Labels kept per class of the training part.
+    pub labels_per_class: Option<usize>,
+}
+
+/// What every stage is given.
+#[derive(Debug, Clone, Default)]
+pub struct RunInputs {
+    /// Corpus folder.
+    pub corpus: PathBuf,
+    /// Run folder.
+    pub out: PathBuf,
+    /// Preset of a new encoder.
+    pub preset: Option<String>,
+    /// Run, checkpoint or Hugging Face folder.
+    pub checkpoint: Option<PathBuf>,
+    /// Division of the cells.
+    pub split: SplitFlags,
+    /// Continue?
+    pub resume: Resume,
+    /// Command that continues this run, for messages.
+    pub resume_command: Option<String>,
+    /// Settings besides the defaults.
+    pub sources: Sources,
+}
+
+/// Everything open and checked.
+pub struct Opened {
+    /// The cells.
+    pub corpus: Arc<Corpus>,
+    /// The vocabulary of the corpus.
+    pub vocab: Vocab,
+    /// Its file, for the checkpoints.
+    pub vocab_file: Vec<u8>,
+    /// The network, settings applied.
+    pub config: ModelConfig,
+    /// Model folder that the weights start from; `None` = random.
+    pub start: Option<PathBuf>,
+    /// Checkpoint to resume from, verified.
+    pub resume: Option<PathBuf>,
+    /// Effective settings.
+    pub settings: Settings,
+    /// The division of the cells.
+    pub split: Split,
+    /// The run folder, locked.
+    pub folder: RunFolder,
+}
+
+/// Opens the inputs of `stage`. `default_rule` divides the cells where neither flags nor an older run say how.
+pub fn open(
+    stage: Stage,
+    inputs: &RunInputs,
+    default_rule: SplitRule,
+    observer: &mut dyn Observer,
+) -> Result<Opened> {
+    let corpus = Arc::new(Corpus::open(&inputs.corpus)?);
+    if corpus.cells() == 0 {
+        return Err(Error::input("the corpus has no cells")
+            .at(corpus.path().display())
+            .next("pack it again"));
+    }
+    let vocab_file = corpus.vocab_file()?;
+    let vocab = Vocab::load(corpus.path().join(VOCABULARY))?;
+    let vocabulary = vocabulary_of(&vocab);
+    let start = inputs.checkpoint.as_deref().map(checkpoint::resolve).transpose()?;
+    let mut config = match (&start, &inputs.preset) {
+        (Some(folder), None) => {
+            let mut config = checkpoint::read_config(folder)?;
+            config.adopt_vocabulary(vocab.len(), &vocabulary)?;
+            config
+        }
+        (None, Some(name)) => Preset::named(name)?.config(vocab.len(), vocabulary),
+        _ => return Err(Error::usage("name either a preset or a checkpoint to start from")),
+    };
+    let resume = resume_point(inputs, observer)?;
+    let settings = effective(stage, inputs, &config, resume.is_some())?;
+    settings.model.apply_to(&mut config, start.is_some())?;
+    let split = divide(&corpus, inputs, &settings, default_rule, resume.is_some(), observer)?;
+    let folder = RunFolder::open(&inputs.out)?;
+    if resume.is_none() {
+        folder.clear()?;
+        let text = toml::to_string_pretty(&settings).map_err(|e| Error::bug(format!("settings: {e}")))?;
+        write_atomically(&inputs.out.join(SETTINGS), text.as_bytes())?;
+        let record = serde_json::to_string_pretty(&split.record()).map_err(|e| Error::bug(e.to_string()))?;
+        write_atomically(&inputs.out.join(SPLIT), format!("{record}\n").as_bytes())?;
+        split.write_tsv(&corpus, &inputs.out.join("split.tsv"))?;
+    }
+    Ok(Opened { corpus, vocab, vocab_file, config, start, resume, settings, split, folder })
+}
+
+impl Opened {
+    /// What a resumed run must meet again, besides the settings.
+    pub fn identity(&self, stage: Stage, more: Value) -> Result<Value> {
+        let record = serde_json::to_value(self.split.record()).map_err(|e| Error::bug(e.to_string()))?;
+        let mut identity = json!({"stage": stage, "corpus": self.corpus.digest(), "vocabulary": self.vocab.digest(),
+            "split": record});
+        if let (Some(identity), Value::Object(more)) = (identity.as_object_mut(), more) {
+            identity.extend(more);
+        }
+        Ok(identity)
+    }
+
+    /// Writes `run.json`: what the run was given, for `inspect`, `report` and later stages.
+    pub fn write_run_record(&self, stage: Stage, inputs: &RunInputs, identity: &Value) -> Result<()> {
+        let record = json!({"stage": stage, "version": env!("CARGO_PKG_VERSION"), "corpus": inputs.corpus,
+            "checkpoint": inputs.checkpoint, "preset": inputs.preset, "label": self.split.spec.label,
+            "inputs": identity});
+        write_atomically(&inputs.out.join(RUN), format!("{record:#}\n").as_bytes())
+    }
+
+    /// At most `train.eval_cells` validation cells, spread evenly over the part.
+    pub fn validation(&self) -> Vec<u32> {
+        let (val, most) = (&self.split.val, self.settings.train.eval_cells);
+        if val.len() <= most {
+            return val.clone();
+        }
+        (0..most).map(|i| val[i * val.len() / most]).collect()
+    }
+}
+
+/// The vocabulary as far as a network must know it.
+pub fn vocabulary_of(vocab: &Vocab) -> Vocabulary {
+    let specials = vocab.specials();
+    let first_gene = (0..vocab.len() as u32).find(|id| !vocab.is_special(*id)).unwrap_or(0);
+    Vocabulary {
+        digest: Some(vocab.digest().to_string()),
+        mask: specials.mask,
+        cls: specials.cls,
+        eos: specials.eos,
+        first_gene,
+    }
+}
+
+/// The checkpoint that a resumed run continues from.
+fn resume_point(inputs: &RunInputs, observer: &mut dyn Observer) -> Result<Option<PathBuf>> {
+    let found = checkpoints(&inputs.out)?;
+    match inputs.resume {
+        Resume::No if !found.is_empty() => Err(Error::usage("the run folder holds a run already")
+            .at(inputs.out.display())
+            .found(format!("{} checkpoints, the newest of step {}", found.len(), found[0].0))
+            .next("continue it with --resume, or choose another --out")),
+        Resume::No => Ok(None),
+        Resume::Last => match found.into_iter().next() {
+            Some((_, place)) => verify(&place).map(|_| Some(place)),
+            None => Err(Error::input("there is no checkpoint to resume from")
+                .at(inputs.out.display())
+                .next("leave --resume out, or --resume=auto to start afresh where there is none")),
+        },
+        Resume::Auto => {
+            for (_, place) in found {
+                match verify(&place) {
+                    Ok(_) => {
+                        observer.note(&format!("resuming from {}", place.display()));
+                        return Ok(Some(place));
+                    }
+                    Err(e) => observer.note(&format!("skipped {}: {e}", place.display())),
+                }
+            }
+            observer.note("no checkpoint to resume from: starting afresh");
+            Ok(None)
+        }
+    }
+}
+
+/// Settings that may differ between a run's start and its continuation: they do not touch the numbers.
+const FREE: [&str; 6] = [
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep",
+    "train.max_bad_steps",
+    "batch.ahead",
+    "train.eval_cells",
+];
+
+/// The effective settings; a resumed run takes those of its start and refuses others.
+fn effective(stage: Stage, inputs: &RunInputs, config: &ModelConfig, resumes: bool) -> Result<Settings> {
+    if !resumes {
+        return inputs.sources.resolve(stage, config);
+    }
+    let saved = inputs.out.join(SETTINGS);
+    let of_start = Sources { config: Some(saved.clone()), ..Sources::default() }.resolve(stage, config)?;
+    let mut sources = inputs.sources.clone();
+    sources.config = sources.config.or(Some(saved.clone()));
+    let now = sources.resolve(stage, config)?;
+    let flat = |settings: &Settings| -> Result<Vec<(String, String)>> {
+        let table = toml::Table::try_from(settings).map_err(|e| Error::bug(format!("settings: {e}")))?;
+        let mut leaves = Vec::new();
+        flatten("", &toml::Value::Table(table), &mut leaves);
+        Ok(leaves)
+    };
+    for ((name, wanted), (_, found)) in flat(&of_start)?.into_iter().zip(flat(&now)?) {
+        if wanted != found && !FREE.contains(&name.as_str()) {
+            return Err(Error::input(format!("setting {name} differs from the run's start"))
+                .at(saved.display())
+                .found(found)
+                .wanted(wanted)
+                .next("leave it out to continue the run, or start another with another --out"));
+        }
+    }
+    Ok(now)
+}
+
+fn flatten(path: &str, value: &toml::Value, leaves: &mut Vec<(String, String)>) {
+    match value {
+        toml::Value::Table(table) => {
+            for (key, value) in table {
+                let dot = if path.is_empty() { "" } else { "." };
+                flatten(&format!("{path}{dot}{key}"), value, leaves);
+            }
+        }
+        leaf => leaves.push((path.to_string(), leaf.to_string())),
+    }
+}
+
+/// The split: of the flags, of the run itself (resumed), of the checkpoint's run, or the default; said aloud.
+fn divide(
+    corpus: &Corpus,
+    inputs: &RunInputs,
+    settings: &Settings,
+    default_rule: SplitRule,
+    resumes: bool,
+    observer: &mut dyn Observer,
+) -> Result<Split> {
+    let flags = &inputs.split;
+    let spec = |rule: SplitRule| SplitSpec {
+        rule,
+        label: flags.label.clone(),
+        exclude: flags.exclude.clone(),
+        labels_per_class: flags.labels_per_class,
+        seed: settings.seed,
+    };
+    if resumes {
+        return Split::restore(corpus, &read_split(&inputs.out.join(SPLIT))?);
+    }
+    let rule = match (&flags.split, &flags.holdout) {
+        (Some(_), Some(_)) => return Err(Error::usage("--split and --holdout exclude each other")),
+        (Some(text), None) => Some(SplitRule::parse_fractions(text)?),
+        (None, Some(text)) => Some(SplitRule::parse_holdout(text, flags.validation)?),
+        (None, None) => None,
+    };
+    let split = match (rule, inherited(inputs.checkpoint.as_deref(), corpus)?) {
+        (Some(rule), _) => Split::make(corpus, &spec(rule))?,
+        (None, Some((place, record))) => {
+            let split = take_over(corpus, record, flags)?;
+            observer.note(&format!("split taken over from {}", place.display()));
+            split
+        }
+        (None, None) => Split::make(corpus, &spec(default_rule))?,
+    };
+    observer.note(&format!(
+        "cells: {} train, {} validation, {} test",
+        split.train.len(),
+        split.val.len(),
+        split.test.len()
+    ));
+    Ok(split)
+}
+
+/// The split of the run that `checkpoint` belongs to, where it divided this corpus.
+fn inherited(checkpoint: Option<&Path>, corpus: &Corpus) -> Result<Option<(PathBuf, SplitRecord)>> {
+    let Some(checkpoint) = checkpoint else { return Ok(None) };
+    // RUN, or RUN/checkpoints/step-N.
+    let absolute =
+        std::fs::canonicalize(checkpoint).map_err(|e| Error::io(checkpoint, "open the checkpoint", &e))?;
+    let candidates = [Some(absolute.as_path()), absolute.parent().and_then(Path::parent)];
+    for place in candidates.into_iter().flatten().map(|run| run.join(SPLIT)).filter(|place| place.is_file()) {
+        let record = read_split(&place)?;
+        if record.corpus_digest == corpus.digest() && record.spec.rule != SplitRule::All {
+            return Ok(Some((place, record)));
+        }
+    }
+    Ok(None)
+}
+
+/// The record's parts, with this stage's label and number of labels.
+fn take_over(corpus: &Corpus, record: SplitRecord, flags: &SplitFlags) -> Result<Split> {
+    let same_label = flags.label.is_none() || flags.label == record.spec.label;
+    let same_cells = flags.exclude.is_empty() || flags.exclude == record.spec.exclude;
+    if !same_label || !same_cells {
+        let spec = &record.spec;
+        return Err(Error::usage("the checkpoint's run divided its cells in another way")
+            .found(format!("label {:?}, left out {:?}", flags.label, flags.exclude))
+            .wanted(format!("label {:?}, left out {:?}, as in that run", spec.label, spec.exclude))
+            .next("pretrain with the same --label and --exclude-label, or give --split for a new division"));
+    }
+    let spec = SplitSpec {
+        labels_per_class: flags.labels_per_class.or(record.spec.labels_per_class),
+        ..record.spec.clone()
+    };
+    if spec == record.spec {
+        return Split::restore(corpus, &record);
+    }
+    let split = Split::make(corpus, &spec)?;
+    // Hiding labels must not move cells between the parts.
+    Split::restore(corpus, &record)?;
+    Ok(split)
+}
+
+/// Reads a split's record.
+pub fn read_split(place: &Path) -> Result<SplitRecord> {
+    let text = std::fs::read_to_string(place).map_err(|e| Error::io(place, "read the run's split", &e))?;
+    serde_json::from_str(&text).map_err(|e| {
+        Error::input("the split's record cannot be read").at(place.display()).found(e.to_string())
+    })
+}

@@ -1,0 +1,61 @@
+//! Who watches a run: the command line, the demo, a test. Also the one place where a test may break a step on purpose.
+
+use super::record::StepRecord;
+use crate::config::Stage;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Whether to go on after a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Flow {
+    /// Next step.
+    Continue,
+    /// Write a checkpoint and stop, as after SIGTERM.
+    Stop,
+}
+
+/// Watches a run. Every method has a default that does nothing.
+pub trait Observer {
+    /// The run starts, or goes on, at `step` of `steps`.
+    fn begin(&mut self, stage: Stage, step: u64, steps: u64) {
+        let _ = (stage, step, steps);
+    }
+    /// Something that a person should know.
+    fn note(&mut self, text: &str) {
+        let _ = text;
+    }
+    /// A step ended; logged steps carry their record.
+    fn step(&mut self, step: u64, record: Option<&StepRecord>) -> Flow {
+        let _ = (step, record);
+        Flow::Continue
+    }
+    /// The run ended.
+    fn end(&mut self) {}
+    /// Fault injection: put a NaN into this step's gradient?
+    fn poisons(&self, step: u64) -> bool {
+        let _ = step;
+        false
+    }
+}
+
+/// Watches nothing.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Unwatched;
+
+impl Observer for Unwatched {}
+
+/// SIGINT and SIGTERM: the first asks for a checkpoint at the end of the step, the second stops the process at once.
+pub fn stop_on_signals() -> Arc<AtomicBool> {
+    let flag = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        // In this order: the second signal finds the flag set by the first. Registration fails for forbidden signals alone.
+        let _ = signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, flag.clone());
+        let _ = signal_hook::flag::register(signal, flag.clone());
+    }
+    flag
+}
+
+/// Has one of the signals come?
+pub fn asked_to_stop(flag: &AtomicBool) -> bool {
+    flag.load(Ordering::Relaxed)
+}

@@ -1,0 +1,131 @@
+//! AdamW over flat stores: which ranges learn, how fast, and under one global gradient norm.
+//!
+//! Encoder, classifier and prototypes are groups: each has its own peak learning rate and moments; one norm over all of them
+//! decides clipping and whether the step happens at all. Gradients averaged over `a` logical batches are not divided by `a`:
+//! AdamW with `a·ε` and the threshold `a·clip` on their sum is the same update, exactly in real numbers, and saves a pass.
+
+use crate::config::OptimizerSettings;
+use crate::device::{Act, Device};
+use crate::error::Result;
+use crate::model::Layout;
+use crate::model::weights::{Parameter, Parts};
+use crate::ops::{Backend, adamw, reduce};
+use std::ops::Range;
+
+/// Elements of a flat store that learn, and whether weight decay acts on them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Span {
+    /// Elements.
+    pub range: Range<usize>,
+    /// Does weight decay act?
+    pub decay: bool,
+}
+
+/// The spans of a layout whose parameters `learns` admits. Neighbours are merged, gaps between them included (they are zero
+/// and stay zero), so that a whole network is two spans.
+pub fn spans<P: Parts>(layout: &Layout<P>, learns: impl Fn(&Parameter) -> bool) -> Vec<Span> {
+    let mut parts: Vec<(&Parameter, Range<usize>)> =
+        layout.list().into_iter().map(|(parameter, range)| (parameter, range.clone())).collect();
+    parts.sort_by_key(|(_, range)| range.start);
+    let mut spans: Vec<Span> = Vec::new();
+    let mut continues = false;
+    for (parameter, range) in parts {
+        let learning = learns(parameter);
+        if learning {
+            match spans.last_mut() {
+                Some(last) if continues && last.decay == parameter.decay => last.range.end = range.end,
+                _ => spans.push(Span { range, decay: parameter.decay }),
+            }
+        }
+        continues = learning;
+    }
+    spans
+}
+
+/// First and second moments of a flat store.
+pub struct Moments<B: Device> {
+    /// m.
+    pub m: B::Buf<f32>,
+    /// v.
+    pub v: B::Buf<f32>,
+}
+
+impl<B: Device> Moments<B> {
+    /// Zeros.
+    pub fn zeros(dev: &B, len: usize) -> Result<Self> {
+        Ok(Moments { m: dev.zeros(len)?, v: dev.zeros(len)? })
+    }
+}
+
+/// What one call updates.
+pub struct Group<'a, B: Device, A: Act> {
+    /// Master weights.
+    pub weight: &'a mut B::Buf<f32>,
+    /// Activation-type copy, where there is one.
+    pub copy: Option<&'a mut B::Buf<A>>,
+    /// Gradient.
+    pub grad: &'a B::Buf<f32>,
+    /// Moments.
+    pub moments: &'a mut Moments<B>,
+    /// What learns.
+    pub spans: &'a [Span],
+    /// Learning rate of this step.
+    pub learning_rate: f64,
+}
+
+/// Slot of the global Σ grad²; the groups' own sums follow it.
+pub const NORM_SLOT: usize = 0;
+/// Scalars that [`squared_norm`] needs.
+pub const SLOTS: usize = 8;
+
+/// Σ grad² over all groups, left in [`NORM_SLOT`] for [`update`]. The sums are read back and added here in the order of the
+/// groups: one small read per step, which also tells the host at once that a step is bad.
+pub fn squared_norm<A: Act, B: Backend<A>>(
+    dev: &B,
+    gradients: &[(&B::Buf<f32>, usize)],
+    scalars: &mut B::Buf<f64>,
+) -> Result<f64> {
+    for (i, (grad, len)) in gradients.iter().enumerate() {
+        reduce::sum_squares::<B>(dev, grad, *len, scalars, NORM_SLOT + 1 + i)?;
+    }
+    let mut sums = vec![0.0; NORM_SLOT + 1 + gradients.len()];
+    dev.read(scalars, &mut sums)?;
+    let total: f64 = sums[NORM_SLOT + 1..].iter().sum();
+    dev.write(scalars, &[total])?;
+    Ok(total)
+}
+
+/// One AdamW update of `group`: the `update`-th that was applied, from 1, on gradients summed over `accumulated` batches.
+pub fn update<A: Act, B: Backend<A>>(
+    dev: &B,
+    optimizer: &OptimizerSettings,
+    update: u32,
+    accumulated: usize,
+    group: Group<'_, B, A>,
+    scalars: &B::Buf<f64>,
+) -> Result<()> {
+    let Group { weight, mut copy, grad, moments, spans, learning_rate } = group;
+    let batches = accumulated as f64;
+    for span in spans {
+        let hyper = adamw::Hyper {
+            learning_rate: learning_rate as f32,
+            beta1: optimizer.beta1 as f32,
+            beta2: optimizer.beta2 as f32,
+            eps: (optimizer.eps * batches) as f32,
+            weight_decay: if span.decay { optimizer.weight_decay as f32 } else { 0.0 },
+            step: update,
+            max_norm: if optimizer.clip > 0.0 { (optimizer.clip * batches) as f32 } else { f32::INFINITY },
+            norm_slot: NORM_SLOT,
+        };
+        let state = adamw::State {
+            weight: &mut *weight,
+            grad,
+            m: &mut moments.m,
+            v: &mut moments.v,
+            copy: copy.as_deref_mut(),
+            scalars,
+        };
+        adamw::step::<A, B>(dev, span.range.clone(), hyper, state)?;
+    }
+    Ok(())
+}

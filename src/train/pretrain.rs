@@ -1,0 +1,163 @@
+//! Masked-gene pretraining: `L = 1/M Σ_m CE(masked gene m)` over the M masked tokens of the logical batch.
+
+use super::optimizer::NORM_SLOT;
+use super::task::{Evaluation, Loss, Own, Task};
+use super::trunk::{Draw, Logical, Trunk};
+use crate::config::MaskSettings;
+use crate::corpus::{Batch, BatchOptions, Packer};
+use crate::device::Act;
+use crate::error::{Error, Result};
+use crate::model::heads::{MaskedGenes, Masking};
+use crate::model::ledger::Ledger;
+use crate::model::{Capacity, ModelConfig, Pass};
+use crate::ops::{Backend, reduce};
+use std::path::Path;
+
+/// Step number of the masks under which validation cells are measured: the same at every evaluation.
+const EVALUATION_STEP: u32 = u32::MAX;
+
+/// The masked-gene term, alone in `pretrain` and one of five in `refine`.
+pub struct MaskedGeneTerm<B: Backend<A>, A: Act> {
+    masked: MaskedGenes<B, A>,
+    settings: MaskSettings,
+}
+
+impl<B: Backend<A>, A: Act> MaskedGeneTerm<B, A> {
+    /// Buffers for parts up to `capacity`.
+    pub fn new(dev: &B, config: &ModelConfig, capacity: Capacity, settings: &MaskSettings) -> Result<Self> {
+        let masking = masking(settings, 0, 0);
+        let masked = MaskedGenes::planned(&mut Ledger::new(dev), config, capacity, masking)?;
+        Ok(MaskedGeneTerm { masked, settings: settings.clone() })
+    }
+
+    /// M of a logical batch.
+    pub fn count(&self, trunk: &Trunk<B, A>, logical: &Logical<'_>, draw: Draw) -> usize {
+        masking(&self.settings, draw.seed, draw.step).count(trunk.config(), logical.gene, draw.first_row)
+    }
+
+    /// Masks the part in the trunk and runs the encoder over it, all layers.
+    pub fn encode(&mut self, trunk: &mut Trunk<B, A>, draw: Draw, pass: Pass) -> Result<()> {
+        let masking = masking(&self.settings, draw.seed, draw.step);
+        let Trunk { dev, encoder, params, part, acts, .. } = trunk;
+        self.masked.mask(dev, &encoder.config, part, masking)?;
+        encoder.forward(params.network(), self.masked.input(part), acts, pass, encoder.config.layers)
+    }
+
+    /// The head's loss on the part; returns Σ over its masked tokens when `read` is set.
+    pub fn loss(&mut self, trunk: &mut Trunk<B, A>, gradient_scale: f32, read: bool) -> Result<f64> {
+        let Trunk { dev, encoder, params, part, acts, scalars, .. } = trunk;
+        self.masked.forward(dev, &encoder.config, params, part, acts, gradient_scale)?;
+        if !read || self.masked.masked() == 0 {
+            return Ok(0.0);
+        }
+        reduce::sum::<B>(dev, self.masked.loss(), self.masked.masked(), scalars, NORM_SLOT + 1)?;
+        let mut sums = [0.0; NORM_SLOT + 2];
+        dev.read(scalars, &mut sums)?;
+        Ok(sums[NORM_SLOT + 1])
+    }
+
+    /// Gradients of the head and the word table; `acts.dx` is set.
+    pub fn backward(&mut self, trunk: &mut Trunk<B, A>, gradient_scale: f32) -> Result<()> {
+        let Trunk { dev, encoder, params, part, acts, grads, .. } = trunk;
+        self.masked.backward(dev, &encoder.config, params, part, acts, gradient_scale, grads.named_mut())
+    }
+
+    /// The same, but added to `acts.dx`.
+    pub fn backward_onto(&mut self, trunk: &mut Trunk<B, A>, gradient_scale: f32) -> Result<()> {
+        let Trunk { dev, encoder, params, part, acts, grads, .. } = trunk;
+        self.masked.backward_onto(dev, &encoder.config, params, part, acts, gradient_scale, grads.named_mut())
+    }
+
+    /// Gradients of the encoder below, from `acts.dx`.
+    pub fn encoder_backward(&mut self, trunk: &mut Trunk<B, A>, pass: Pass) -> Result<()> {
+        let Trunk { encoder, params, part, acts, grads, .. } = trunk;
+        let (input, depth) = (self.masked.input(part), encoder.config.layers);
+        encoder.backward(params.network(), input, acts, pass, depth, grads.named_mut())
+    }
+}
+
+fn masking(settings: &MaskSettings, seed: u64, step: u32) -> Masking {
+    Masking {
+        probability: settings.probability as f32,
+        mask_share: settings.mask_share as f32,
+        random_share: settings.random_share as f32,
+        seed,
+        step,
+    }
+}
+
+/// The stage.
+pub struct Pretrain<B: Backend<A>, A: Act> {
+    term: MaskedGeneTerm<B, A>,
+    seed: u64,
+}
+
+impl<B: Backend<A>, A: Act> Pretrain<B, A> {
+    /// The stage over `trunk`.
+    pub fn new(trunk: &Trunk<B, A>, settings: &MaskSettings, seed: u64) -> Result<Self> {
+        let term = MaskedGeneTerm::new(&trunk.dev, trunk.config(), trunk.capacity(), settings)?;
+        Ok(Pretrain { term, seed })
+    }
+}
+
+impl<B: Backend<A>, A: Act> Task<B, A> for Pretrain<B, A> {
+    fn gradients(&mut self, trunk: &mut Trunk<B, A>, batch: &Batch, draw: Draw, read: bool) -> Result<Loss> {
+        let mut genes = trunk.take_genes();
+        let logical = trunk.logical(batch, &mut genes);
+        let masked = self.term.count(trunk, &logical, draw);
+        let scale = 1.0 / masked.max(1) as f32;
+        let mut sum = 0.0;
+        for cells in &logical.parts {
+            trunk.load(&logical, cells, draw.first_row)?;
+            self.term.encode(trunk, draw, draw.pass())?;
+            sum += self.term.loss(trunk, scale, read)?;
+            self.term.backward(trunk, scale)?;
+            self.term.encoder_backward(trunk, draw.pass())?;
+        }
+        trunk.recycle(genes);
+        let mlm = sum / masked.max(1) as f64;
+        Ok(Loss { total: mlm, terms: vec![("mlm", mlm)], masked })
+    }
+
+    fn own(&mut self) -> Option<Own<'_, B, A>> {
+        None
+    }
+
+    /// Mean loss per masked gene, under masks that do not change from one evaluation to the next.
+    fn evaluate(&mut self, trunk: &mut Trunk<B, A>, cells: &[u32]) -> Result<Evaluation> {
+        let capacity = trunk.capacity();
+        let options =
+            BatchOptions { cells: capacity.cells, tokens: capacity.tokens, ..trunk.options.clone() };
+        let mut packer = Packer::in_order(trunk.corpus.clone(), cells.to_vec(), options)?;
+        let (mut batch, mut genes) = (Batch::default(), Vec::new());
+        let mut draw = Draw { seed: self.seed, step: EVALUATION_STEP, first_row: 0 };
+        let (mut sum, mut masked) = (0.0, 0);
+        while packer.fill(&mut batch)? {
+            let logical = trunk.logical(&batch, &mut genes);
+            for cells in &logical.parts {
+                trunk.load(&logical, cells, draw.first_row)?;
+                self.term.encode(trunk, draw, Pass::Eval)?;
+                sum += self.term.loss(trunk, 0.0, true)?;
+                masked += self.term.masked.masked();
+            }
+            draw.first_row += batch.tokens() as u64;
+        }
+        if masked == 0 {
+            return Err(Error::input("the validation cells have no gene to mask").found(format!(
+                "{} cells, mask.probability {}",
+                cells.len(),
+                self.term.settings.probability
+            )));
+        }
+        let value = sum / masked as f64;
+        Ok(Evaluation { measure: "val_mlm", value, higher_is_better: false, others: Vec::new() })
+    }
+
+    fn save(&self, _dev: &B, _folder: &Path, _config: &ModelConfig) -> Result<()> {
+        Ok(())
+    }
+
+    fn restore(&mut self, _dev: &B, _folder: &Path) -> Result<()> {
+        Ok(())
+    }
+}

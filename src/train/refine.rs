@@ -1,0 +1,352 @@
+//! The refine stage: masked genes and cell vectors in one forward pass, prototypes learning beside the encoder.
+//!
+//! ```text
+//! h = pool(encoder(masked cells)),   L = λ_mlm L_mlm + objective(h, prototypes, teacher, targets)
+//! ```
+//! A logical batch that does not fit the device at once goes through by gradient caching: a first pass over all parts for h,
+//! the objective on the whole of it, a second pass that draws the same dropout and masks and takes each part's dL/dh down.
+//! The loss sees the whole batch either way.
+
+use super::optimizer::{Moments, Span};
+use super::pretrain::MaskedGeneTerm;
+use super::task::{Evaluation, Loss, Own, Task};
+use super::trunk::{Draw, Logical, Trunk};
+use crate::config::MaskSettings;
+use crate::corpus::Batch;
+use crate::device::{Act, Device};
+use crate::error::{Error, Result};
+use crate::eval::metrics::recall_at;
+use crate::eval::rows::centred_unit_rows;
+use crate::model::heads;
+use crate::objective::{Losses, Objective, SLOTS, StoredPrototypes};
+use crate::ops::Backend;
+use std::ops::Range;
+use std::path::Path;
+
+/// First scalar of the objective; the slots below belong to the norm and the masked-gene loss.
+const FIRST_SLOT: usize = 3;
+
+/// What validation cells are measured against.
+pub enum Truth {
+    /// Class per corpus cell, below P, or negative.
+    Labels(Vec<i32>),
+    /// Marker scores decide: the best type per corpus cell. Label-free runs have nothing better.
+    Markers(Vec<i32>),
+}
+
+/// The stage.
+pub struct Refine<B: Backend<A>, A: Act> {
+    objective: Objective<B>,
+    masked: Option<MaskedGeneTerm<B, A>>,
+    /// Corpus indices of the teacher's rows, ascending.
+    training: Vec<u32>,
+    names: Vec<String>,
+    truth: Truth,
+    /// Cells (rows of the teacher's table) that each prototype is refreshed from after an epoch; empty = never.
+    refresh: Vec<Vec<u32>>,
+    moments: Moments<B>,
+    spans: Vec<Span>,
+    learning_rate: f64,
+    depth: usize,
+    h: B::Buf<f32>,
+    dh: B::Buf<f32>,
+    part_h: B::Buf<f32>,
+    staging: Staging,
+}
+
+/// Host copies of a logical batch's vectors under gradient caching.
+#[derive(Default)]
+struct Staging {
+    h: Vec<f32>,
+    dh: Vec<f32>,
+}
+
+/// What the stage is made of.
+pub struct Parts<B: Device> {
+    /// Started.
+    pub objective: Objective<B>,
+    /// Corpus indices of the training cells, ascending.
+    pub training: Vec<u32>,
+    /// (P).
+    pub names: Vec<String>,
+    /// For validation cells.
+    pub truth: Truth,
+    /// Cells that refresh each prototype; empty = never.
+    pub refresh: Vec<Vec<u32>>,
+    /// Peak learning rate of the prototypes.
+    pub learning_rate: f64,
+}
+
+impl<B: Backend<A>, A: Act> Refine<B, A> {
+    /// The stage over `trunk`.
+    pub fn new(trunk: &Trunk<B, A>, parts: Parts<B>, mask: &MaskSettings) -> Result<Self> {
+        let (dev, config) = (&trunk.dev, trunk.config());
+        let Parts { objective, training, names, truth, refresh, learning_rate } = parts;
+        let (depth, width, cells) = (config.depth(config.layer)?, config.width, trunk.options.cells);
+        let mlm = objective.config().mlm > 0.0;
+        if mlm && depth != config.layers {
+            return Err(Error::usage(
+                "the masked-gene term reads the last layer, and so must the cell vector",
+            )
+            .found(format!("model.layer = {}", config.layer))
+            .next("--set model.layer=0, or --set objective.mlm=0"));
+        }
+        let masked = match mlm {
+            true => Some(MaskedGeneTerm::new(dev, config, trunk.capacity(), mask)?),
+            false => None,
+        };
+        let len = objective.types() * width;
+        Ok(Refine {
+            masked,
+            training,
+            names,
+            truth,
+            refresh,
+            moments: Moments::zeros(dev, len)?,
+            // Prototypes are points, not maps: they do not decay.
+            spans: vec![Span { range: 0..len, decay: false }],
+            learning_rate,
+            depth,
+            h: dev.zeros(cells * width)?,
+            dh: dev.zeros(cells * width)?,
+            part_h: dev.zeros(trunk.capacity().cells * width)?,
+            staging: Staging::default(),
+            objective,
+        })
+    }
+
+    /// Loads and encodes one part; its vectors are in `part_h`.
+    fn encode(
+        &mut self,
+        trunk: &mut Trunk<B, A>,
+        logical: &Logical<'_>,
+        cells: &Range<usize>,
+        draw: Draw,
+    ) -> Result<()> {
+        trunk.load(logical, cells, draw.first_row)?;
+        match &mut self.masked {
+            Some(term) => term.encode(trunk, draw, draw.pass())?,
+            None => {
+                let Trunk { encoder, params, part, acts, .. } = &mut *trunk;
+                encoder.forward(params.network(), part.input(), acts, draw.pass(), self.depth)?;
+            }
+        }
+        let Trunk { dev, encoder, part, acts, .. } = &mut *trunk;
+        let config = &encoder.config;
+        heads::pool(dev, config, config.pooling, part, acts, self.depth, &mut self.part_h)
+    }
+
+    /// Gradients of the encoded part from dL/dh of its cells; returns the masked-gene loss summed over the part.
+    fn backward(
+        &mut self,
+        trunk: &mut Trunk<B, A>,
+        dh: DhOf,
+        draw: Draw,
+        mlm_scale: f32,
+        read: bool,
+    ) -> Result<f64> {
+        let sum = match &mut self.masked {
+            Some(term) => term.loss(trunk, mlm_scale, read)?,
+            None => 0.0,
+        };
+        let Trunk { dev, encoder, params, part, acts, grads, .. } = &mut *trunk;
+        let config = &encoder.config;
+        let dh = match dh {
+            DhOf::Batch => &self.dh,
+            DhOf::Part => &self.part_h,
+        };
+        heads::pool_backward(dev, config, config.pooling, part, dh, acts)?;
+        match &mut self.masked {
+            Some(term) => {
+                term.backward_onto(trunk, mlm_scale)?;
+                term.encoder_backward(trunk, draw.pass())?;
+            }
+            None => {
+                let input = part.input();
+                encoder.backward(
+                    params.network(),
+                    input,
+                    acts,
+                    draw.pass(),
+                    self.depth,
+                    grads.named_mut(),
+                )?;
+            }
+        }
+        Ok(sum)
+    }
+
+    /// The objective on the vectors in `h`; dL/dh is in `dh`.
+    fn step(&mut self, trunk: &mut Trunk<B, A>, batch: &Batch, read: bool) -> Result<Losses> {
+        let rows: Vec<u32> = batch
+            .cells
+            .iter()
+            .map(|cell| self.training.binary_search(cell).map(|row| row as u32))
+            .collect::<std::result::Result<_, _>>()
+            .map_err(|_| Error::bug("a batch holds a cell that does not train"))?;
+        let (dev, scalars) = (&trunk.dev, &mut trunk.scalars);
+        self.objective.step(dev, &rows, &self.h, &mut self.dh, scalars, FIRST_SLOT)?;
+        if !read {
+            return Ok(Losses::default());
+        }
+        let mut all = [0.0; FIRST_SLOT + SLOTS];
+        dev.read(scalars, &mut all)?;
+        Ok(self.objective.losses(&all[FIRST_SLOT..], rows.len()))
+    }
+
+    /// Cosines (cells, P) of `cells` with the prototypes.
+    fn cosines(&self, trunk: &mut Trunk<B, A>, cells: &[u32]) -> Result<Vec<f32>> {
+        let width = trunk.config().width;
+        let centre: Vec<f64> = self.objective.center().iter().map(|x| *x as f64).collect();
+        let h = trunk.embed(cells)?;
+        let q = trunk.dev.download(self.objective.prototypes())?;
+        let unit =
+            |rows: &[f32]| Ok::<_, Error>(centred_unit_rows(crate::eval::Rows::new(rows, width)?, &centre));
+        let (z, p) = (unit(&h)?, unit(&q)?);
+        let dot =
+            |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| *a as f64 * *b as f64).sum::<f64>() as f32;
+        Ok(z.chunks_exact(width).flat_map(|z| p.chunks_exact(width).map(move |p| dot(z, p))).collect())
+    }
+}
+
+/// Which buffer holds dL/dh of the part.
+#[derive(Clone, Copy)]
+enum DhOf {
+    /// The whole batch is the part.
+    Batch,
+    /// `part_h`, whose h is no longer needed.
+    Part,
+}
+
+impl<B: Backend<A>, A: Act> Task<B, A> for Refine<B, A> {
+    fn gradients(&mut self, trunk: &mut Trunk<B, A>, batch: &Batch, draw: Draw, read: bool) -> Result<Loss> {
+        let mut genes = trunk.take_genes();
+        let logical = trunk.logical(batch, &mut genes);
+        let width = trunk.config().width;
+        let masked = self.masked.as_ref().map_or(0, |term| term.count(trunk, &logical, draw));
+        let mlm_weight = self.objective.config().mlm;
+        let mlm_scale = mlm_weight / masked.max(1) as f32;
+        let mut sum = 0.0;
+        let losses = if let [cells] = &logical.parts[..] {
+            self.encode(trunk, &logical, cells, draw)?;
+            trunk.dev.copy(&self.part_h, &mut self.h, cells.len() * width)?;
+            let losses = self.step(trunk, batch, read)?;
+            sum += self.backward(trunk, DhOf::Batch, draw, mlm_scale, read)?;
+            losses
+        } else {
+            let mut staging = std::mem::take(&mut self.staging);
+            staging.h.resize(batch.len() * width, 0.0);
+            staging.dh.resize(batch.len() * width, 0.0);
+            for cells in &logical.parts {
+                self.encode(trunk, &logical, cells, draw)?;
+                trunk.dev.read(&self.part_h, &mut staging.h[cells.start * width..cells.end * width])?;
+            }
+            trunk.dev.write(&mut self.h, &staging.h)?;
+            let losses = self.step(trunk, batch, read)?;
+            trunk.dev.read(&self.dh, &mut staging.dh)?;
+            for cells in &logical.parts {
+                self.encode(trunk, &logical, cells, draw)?;
+                trunk.dev.write(&mut self.part_h, &staging.dh[cells.start * width..cells.end * width])?;
+                sum += self.backward(trunk, DhOf::Part, draw, mlm_scale, read)?;
+            }
+            self.staging = staging;
+            losses
+        };
+        trunk.recycle(genes);
+        let mlm = sum / masked.max(1) as f64;
+        let c = self.objective.config();
+        let terms = [
+            ("proto", c.proto, losses.proto),
+            ("mlm", c.mlm, mlm),
+            ("cell_cell", c.cell_cell, losses.cell_cell),
+            ("structure", c.structure, losses.structure),
+            ("anchor", c.anchor, losses.anchor),
+        ];
+        let on = terms.into_iter().filter(|(_, weight, _)| *weight > 0.0);
+        let total = losses.total + mlm_weight as f64 * mlm;
+        Ok(Loss { total, terms: on.map(|(name, _, value)| (name, value)).collect(), masked })
+    }
+
+    fn own(&mut self) -> Option<Own<'_, B, A>> {
+        if !self.objective.config().trainable {
+            return None;
+        }
+        let (weight, grad) = self.objective.parameters();
+        Some(Own {
+            weight,
+            grad,
+            moments: &mut self.moments,
+            len: self.spans[0].range.end,
+            spans: &self.spans,
+            learning_rate: self.learning_rate,
+            name: "prototypes",
+            act: std::marker::PhantomData,
+        })
+    }
+
+    /// Recall@1 of the nearest prototype, mean over classes.
+    fn evaluate(&mut self, trunk: &mut Trunk<B, A>, cells: &[u32]) -> Result<Evaluation> {
+        let (truth, measure, other) = match &self.truth {
+            Truth::Labels(truth) => (truth, "val_macro_recall_at_1", "val_recall_at_1"),
+            Truth::Markers(truth) => (truth, "val_macro_marker_agreement", "val_marker_agreement"),
+        };
+        let known: Vec<u32> = cells.iter().copied().filter(|cell| truth[*cell as usize] >= 0).collect();
+        let truth: Vec<Option<usize>> =
+            known.iter().map(|cell| Some(truth[*cell as usize] as usize)).collect();
+        let recall =
+            recall_at(&self.cosines(trunk, &known)?, self.names.len(), &truth, &[1])?.ok_or_else(|| {
+                Error::input("no validation cell has a label").next("leave val= out of --split")
+            })?;
+        Ok(Evaluation {
+            measure,
+            value: recall.macro_[0],
+            higher_is_better: true,
+            others: vec![(other, recall.micro[0])],
+        })
+    }
+
+    /// `q ← r q + (1 - r) · mean of its cells under the current encoder`, where `objective.refresh` = r is set.
+    fn epoch_ended(&mut self, trunk: &mut Trunk<B, A>) -> Result<()> {
+        let keep = self.objective.config().refresh as f64;
+        if keep == 0.0 || self.refresh.is_empty() {
+            return Ok(());
+        }
+        let width = trunk.config().width;
+        let mut q = trunk.dev.download(self.objective.prototypes())?;
+        for (q, rows) in q.chunks_exact_mut(width).zip(&self.refresh) {
+            let cells: Vec<u32> = rows.iter().map(|row| self.training[*row as usize]).collect();
+            let h = trunk.embed(&cells)?;
+            for (d, q) in q.iter_mut().enumerate() {
+                let mean =
+                    h.iter().skip(d).step_by(width).map(|x| *x as f64).sum::<f64>() / cells.len() as f64;
+                *q = (keep * *q as f64 + (1.0 - keep) * mean) as f32;
+            }
+        }
+        trunk.dev.write(self.objective.parameters().0, &q)
+    }
+
+    fn save(&self, dev: &B, folder: &Path, config: &crate::model::ModelConfig) -> Result<()> {
+        StoredPrototypes {
+            names: self.names.clone(),
+            vectors: dev.download(self.objective.prototypes())?,
+            centre: self.objective.center(),
+            temperature: self.objective.config().tau,
+            layer: config.layer,
+            pooling: config.pooling,
+        }
+        .write(folder)
+    }
+
+    fn restore(&mut self, dev: &B, folder: &Path) -> Result<()> {
+        let width = self.spans[0].range.end / self.names.len();
+        let stored = StoredPrototypes::read(folder, width)?
+            .ok_or_else(|| Error::input("the checkpoint holds no prototypes").at(folder.display()))?;
+        if stored.names != self.names {
+            return Err(Error::input("the checkpoint's prototypes are of other types")
+                .at(folder.display())
+                .found(stored.names.join(", "))
+                .wanted(self.names.join(", ")));
+        }
+        dev.write(self.objective.parameters().0, &stored.vectors)
+    }
+}

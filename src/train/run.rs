@@ -1,0 +1,496 @@
+//! The loop: batches in, updates out, a record of every logged step, a checkpoint that can always be continued from.
+//!
+//! One loop for all stages; what differs is a [`Task`]. A step whose global gradient norm is not finite changes nothing: it is
+//! skipped, counted and named, and after `train.max_bad_steps` in a row the run stops (exit 6).
+
+use super::folder::{RunFolder, verify};
+use super::observer::{Flow, Observer};
+use super::optimizer::{Group, squared_norm, update};
+use super::record::{Meter, Writers};
+use super::schedule::Schedule;
+use super::state::{Best, LoopState, read_moments, write_moments};
+use super::task::{Evaluation, Loss, Task};
+use super::trunk::{Draw, Trunk, work};
+use crate::config::{Settings, Stage};
+use crate::corpus::{Batch, Loader, Packer, Sampler};
+use crate::device::Act;
+use crate::error::{Error, Result};
+use crate::model::checkpoint::{self, Pointer};
+use crate::model::flops::Work;
+use crate::ops::Backend;
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// What a run is besides its network and its task.
+pub struct Session<'a> {
+    /// Stage.
+    pub stage: Stage,
+    /// Where it writes; locked.
+    pub folder: RunFolder,
+    /// Effective settings.
+    pub settings: Settings,
+    /// Digests of the inputs: a resumed run must meet the same.
+    pub identity: Value,
+    /// Bytes of the vocabulary file, copied into every checkpoint.
+    pub vocabulary: Option<Vec<u8>>,
+    /// Checkpoint to continue from, already verified.
+    pub resume: Option<PathBuf>,
+    /// Command that continues the run, for the message after a signal.
+    pub resume_command: Option<String>,
+    /// Validation cells, already thinned; may be empty.
+    pub validation: Vec<u32>,
+    /// FLOP/s of this machine's best matmul, where it was measured.
+    pub peak_flop_per_s: Option<f64>,
+    /// Who watches.
+    pub observer: &'a mut dyn Observer,
+}
+
+/// What a run came to.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RunSummary {
+    /// Stage.
+    pub stage: Stage,
+    /// Run folder.
+    pub out: PathBuf,
+    /// The last checkpoint.
+    pub checkpoint: PathBuf,
+    /// The best checkpoint on the validation cells, where there are some.
+    pub best: Option<Best>,
+    /// Steps made.
+    pub steps: u64,
+    /// Steps skipped for a NaN or an infinity.
+    pub bad_steps: u64,
+    /// Loss of the last logged step.
+    pub loss: Loss,
+    /// Measures of the last evaluation.
+    pub evaluation: Option<Evaluation>,
+    /// Seconds of training.
+    pub seconds: f64,
+    /// Mean over the run (since a resume).
+    pub cells_per_s: f64,
+    /// Real tokens, padding does not exist.
+    pub tokens_per_s: f64,
+}
+
+impl RunSummary {
+    /// As printed under `--json`.
+    pub fn to_json(&self) -> Value {
+        let terms: serde_json::Map<_, _> =
+            self.loss.terms.iter().map(|(n, v)| (n.to_string(), json!(v))).collect();
+        let evaluation = self.evaluation.as_ref().map(|e| {
+            let mut all = vec![(e.measure, e.value)];
+            all.extend(&e.others);
+            all.into_iter().map(|(n, v)| (n.to_string(), json!(v))).collect::<serde_json::Map<_, _>>()
+        });
+        json!({"stage": self.stage, "out": self.out, "checkpoint": self.checkpoint, "best": self.best,
+            "steps": self.steps, "bad_steps": self.bad_steps, "loss": self.loss.total, "terms": terms,
+            "evaluation": evaluation, "seconds": self.seconds, "cells_per_s": self.cells_per_s,
+            "tokens_per_s": self.tokens_per_s})
+    }
+
+    /// A few lines for people.
+    pub fn to_text(&self) -> String {
+        let mut text = format!(
+            "{}: {} steps in {:.1} s, loss {:.4}, {:.0} cells/s, {:.0} tokens/s\n",
+            self.stage.name(),
+            self.steps,
+            self.seconds,
+            self.loss.total,
+            self.cells_per_s,
+            self.tokens_per_s
+        );
+        if let Some(e) = &self.evaluation {
+            text += &format!("validation: {} {:.4}\n", e.measure, e.value);
+        }
+        if self.bad_steps > 0 {
+            text += &format!("{} steps skipped: NaN or infinity in the gradient\n", self.bad_steps);
+        }
+        text + &format!("run: {}\n", self.out.display())
+    }
+}
+
+/// Steps of a run over `epoch_len` cells per epoch.
+pub fn total_steps(settings: &Settings, epoch_len: usize) -> u64 {
+    if settings.train.steps > 0 {
+        return settings.train.steps;
+    }
+    let batches = epoch_len.div_ceil(settings.batch.cells) as f64 * settings.train.epochs;
+    ((batches / settings.train.accumulate as f64).ceil() as u64).max(1)
+}
+
+/// Trains `task` on `trunk` until the last step, a signal or too many bad steps.
+///
+/// # Errors
+/// Interrupted (exit 5) after a checkpoint; numerical (exit 6); what files and backends report.
+pub fn run<B: Backend<A>, A: Act>(
+    session: Session<'_>,
+    trunk: &mut Trunk<B, A>,
+    task: &mut dyn Task<B, A>,
+    mut sampler: Sampler,
+) -> Result<RunSummary> {
+    let settings = session.settings.clone();
+    if sampler.epoch_len() == 0 {
+        return Err(Error::input("no cell to train on")
+            .next("look at --split, --labels-per-class and --exclude-label"));
+    }
+    let state = match session.resume.clone() {
+        Some(place) => restore(&session, &place, trunk, task, &mut sampler)?,
+        None => LoopState {
+            step: 0,
+            steps: total_steps(&settings, sampler.epoch_len()),
+            updates: 0,
+            bad_in_a_row: 0,
+            bad_steps: 0,
+            sampler: sampler.state(),
+            best: None,
+            seconds: 0.0,
+        },
+    };
+    let packer = Packer::sampled(trunk.corpus.clone(), sampler, trunk.options.clone())?;
+    let loader = Loader::spawn(packer, settings.batch.ahead)?;
+    session.observer.begin(session.stage, state.step, state.steps);
+    let writers = Writers::open(session.folder.path(), state.step)?;
+    let schedule = Schedule::of(&settings.optimizer, state.steps);
+    let meter = Meter::new(session.peak_flop_per_s);
+    let mut run = Run {
+        session,
+        settings,
+        trunk,
+        task,
+        state,
+        loader,
+        schedule,
+        writers,
+        meter,
+        outcome: Outcome::default(),
+    };
+    while run.state.step < run.state.steps {
+        run.step()?;
+    }
+    run.session.observer.end();
+    run.finish()
+}
+
+/// What the last logged step and evaluation said.
+#[derive(Default)]
+struct Outcome {
+    loss: Loss,
+    evaluation: Option<Evaluation>,
+    published: Option<PathBuf>,
+}
+
+struct Run<'a, 'b, B: Backend<A>, A: Act> {
+    session: Session<'a>,
+    settings: Settings,
+    trunk: &'b mut Trunk<B, A>,
+    task: &'b mut dyn Task<B, A>,
+    state: LoopState,
+    loader: Loader,
+    schedule: Schedule,
+    writers: Writers,
+    meter: Meter,
+    outcome: Outcome,
+}
+
+impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
+    fn step(&mut self) -> Result<()> {
+        let started = Instant::now();
+        let batches = self.next_batches()?;
+        let step = self.state.step + 1;
+        let train = &self.settings.train;
+        let last = step == self.state.steps;
+        let epoch_ends = self.loader.state().is_some_and(|s| s.epoch > self.state.sampler.epoch);
+        let evaluates = !self.session.validation.is_empty()
+            && (last || if train.eval_every > 0 { step % train.eval_every == 0 } else { epoch_ends });
+        let logs = last || evaluates || step == 1 || step % train.log_every == 0;
+
+        let (loss, work) = self.gradients(&batches, logs)?;
+        if self.session.observer.poisons(step) {
+            self.trunk.dev.write(self.trunk.grads.flat_mut(), &[f32::NAN])?;
+        }
+        let learning_rate = self.settings.optimizer.learning_rate * self.schedule.factor(step - 1);
+        let norm = self.update(step)?;
+        if norm.is_finite() {
+            self.state.bad_in_a_row = 0;
+        } else {
+            self.bad_step(step, &loss, &batches)?;
+        }
+        self.state.step = step;
+        self.state.sampler = self.loader.state().unwrap_or_else(|| self.state.sampler.clone());
+        let cells = batches.iter().map(Batch::len).sum();
+        batches.into_iter().for_each(|batch| self.loader.recycle(batch));
+        self.state.seconds += started.elapsed().as_secs_f64();
+        self.meter.add(cells, work, self.trunk.config());
+
+        if epoch_ends {
+            self.task.epoch_ended(self.trunk)?;
+        }
+        let evaluation = match evaluates {
+            true => Some(self.evaluate(step)?),
+            false => None,
+        };
+        let record = logs.then(|| {
+            let epoch = self.state.sampler.epoch as f64;
+            let loss = loss.clone().unwrap_or_default();
+            self.meter.record(
+                step,
+                epoch,
+                loss,
+                learning_rate,
+                norm,
+                self.state.bad_steps,
+                evaluation.clone(),
+            )
+        });
+        if let Some(record) = &record {
+            self.outcome.loss = record.loss.clone();
+            if let Err(e) = self.writers.write(record) {
+                // A full disk under the log is no reason to lose the training.
+                self.session.observer.note(&format!("the run record could not be written: {e}"));
+            }
+        }
+        let stops = self.session.observer.step(step, record.as_ref()) == Flow::Stop && !last;
+        let improved = self.improved(step, evaluation);
+        let due = train_due(self.settings.train.checkpoint_every, step);
+        if due || last || stops || improved {
+            self.publish(step, improved)?;
+        }
+        if stops {
+            return Err(self.interrupted(step));
+        }
+        Ok(())
+    }
+
+    fn next_batches(&mut self) -> Result<Vec<Batch>> {
+        (0..self.settings.train.accumulate)
+            .map(|_| self.loader.next_batch()?.ok_or_else(|| Error::bug("training ran out of batches")))
+            .collect()
+    }
+
+    /// Gradients of the step's logical batches, summed; their mean loss where it is logged.
+    fn gradients(&mut self, batches: &[Batch], logs: bool) -> Result<(Option<Loss>, Work)> {
+        let trunk = &mut *self.trunk;
+        trunk.dev.clear(trunk.grads.flat_mut())?;
+        if let Some(own) = self.task.own() {
+            trunk.dev.clear(own.grad)?;
+        }
+        let mut draw = Draw { seed: self.settings.seed, step: self.state.step as u32, first_row: 0 };
+        let (mut loss, mut total) = (Loss::default(), Work::default());
+        for batch in batches {
+            let part = self.task.gradients(trunk, batch, draw, logs)?;
+            let work = work(trunk.config(), batch, part.masked);
+            loss.add(&part);
+            total.tokens += work.tokens;
+            total.pairs += work.pairs;
+            total.masked += work.masked;
+            draw.first_row += batch.tokens() as u64;
+        }
+        loss.divide(batches.len());
+        Ok((logs.then_some(loss), total))
+    }
+
+    /// Norm, clipping and AdamW; nothing is changed where the norm is not finite. Returns the norm of the mean gradient.
+    fn update(&mut self, step: u64) -> Result<f64> {
+        let trunk = &mut *self.trunk;
+        let (optimizer, accumulated) = (&self.settings.optimizer, self.settings.train.accumulate);
+        let factor = self.schedule.factor(step - 1);
+        let length = trunk.params.layout().len();
+        let mut own = self.task.own();
+        let mut gradients = vec![(trunk.grads.flat(), length)];
+        if let Some(own) = &own {
+            gradients.push((&*own.grad, own.len));
+        }
+        let squares = squared_norm::<A, B>(&trunk.dev, &gradients, &mut trunk.scalars)?;
+        let norm = squares.sqrt() / accumulated as f64;
+        if !norm.is_finite() {
+            return Ok(norm);
+        }
+        let t = self.state.updates as u32 + 1;
+        let network = trunk.params.update();
+        let group = Group {
+            weight: network.weight,
+            copy: network.copy,
+            grad: trunk.grads.flat(),
+            moments: &mut trunk.moments,
+            spans: &trunk.spans,
+            learning_rate: optimizer.learning_rate * factor,
+        };
+        update::<A, B>(&trunk.dev, optimizer, t, accumulated, group, &trunk.scalars)?;
+        if let Some(own) = &mut own {
+            let group = Group {
+                weight: &mut *own.weight,
+                copy: None,
+                grad: &*own.grad,
+                moments: &mut *own.moments,
+                spans: own.spans,
+                learning_rate: own.learning_rate * factor,
+            };
+            update::<A, B>(&trunk.dev, optimizer, t, accumulated, group, &trunk.scalars)?;
+        }
+        drop(own);
+        self.state.updates += 1;
+        Ok(norm)
+    }
+
+    /// Counts and names a step whose gradient is not finite; stops after too many in a row.
+    fn bad_step(&mut self, step: u64, loss: &Option<Loss>, batches: &[Batch]) -> Result<()> {
+        self.state.bad_in_a_row += 1;
+        self.state.bad_steps += 1;
+        let term = loss.iter().flat_map(|l| &l.terms).find(|(_, value)| !value.is_finite());
+        let place = match (term, self.first_bad_tensor()?) {
+            (Some((term, _)), tensor) => format!("loss term {term}; gradient of {tensor}"),
+            (None, tensor) => format!("gradient of {tensor}"),
+        };
+        let in_a_row = self.state.bad_in_a_row;
+        self.session.observer.note(&format!(
+            "step {step} skipped: NaN or infinity in the {place} ({in_a_row} in a row, {} in all)",
+            self.state.bad_steps
+        ));
+        if in_a_row < self.settings.train.max_bad_steps {
+            return Ok(());
+        }
+        let cells: Vec<&str> = batches
+            .iter()
+            .flat_map(|b| &b.cells)
+            .filter_map(|cell| self.trunk.corpus.cell_id(*cell as usize).ok())
+            .collect();
+        let dump = self.session.folder.path().join(format!("bad-step-{step}.json"));
+        let report = json!({"step": step, "first_bad": place, "cell_ids": cells});
+        super::folder::write_atomically(&dump, format!("{report:#}\n").as_bytes())?;
+        Err(Error::numerical(format!("{in_a_row} steps in a row with a NaN or an infinity"))
+            .at(format!("step {step}, {place}"))
+            .found(format!("cell ids of the last of them in {}", dump.display()))
+            .wanted(format!("fewer than train.max_bad_steps = {}", self.settings.train.max_bad_steps))
+            .next("lower optimizer.learning_rate, and go on from the last checkpoint with --resume"))
+    }
+
+    fn first_bad_tensor(&mut self) -> Result<String> {
+        let trunk = &mut *self.trunk;
+        let flat = trunk.dev.download(trunk.grads.flat())?;
+        for (parameter, range) in trunk.params.layout().list() {
+            if flat[range.clone()].iter().any(|g| !g.is_finite()) {
+                return Ok(parameter.name.clone());
+            }
+        }
+        if let Some(own) = self.task.own() {
+            let mut values = vec![0.0; own.len];
+            trunk.dev.read(&*own.grad, &mut values)?;
+            if values.iter().any(|g| !g.is_finite()) {
+                return Ok(own.name.to_string());
+            }
+        }
+        Ok("every tensor taken together (the sum of squares overflows)".into())
+    }
+
+    fn evaluate(&mut self, step: u64) -> Result<Evaluation> {
+        let cells = std::mem::take(&mut self.session.validation);
+        let evaluation = self.task.evaluate(self.trunk, &cells);
+        self.session.validation = cells;
+        let evaluation = evaluation?;
+        self.session.observer.note(&format!("step {step}: {} {:.4}", evaluation.measure, evaluation.value));
+        self.outcome.evaluation = Some(evaluation.clone());
+        self.meter.pause();
+        Ok(evaluation)
+    }
+
+    /// Is this the best evaluation so far? Then it is remembered.
+    fn improved(&mut self, step: u64, evaluation: Option<Evaluation>) -> bool {
+        let Some(e) = evaluation.filter(|e| e.value.is_finite()) else { return false };
+        if self.state.best.as_ref().is_some_and(|best| !e.beats(best.value)) {
+            return false;
+        }
+        self.state.best = Some(Best { step, measure: e.measure.to_string(), value: e.value });
+        true
+    }
+
+    fn publish(&mut self, step: u64, best: bool) -> Result<()> {
+        let (session, trunk, task) = (&self.session, &mut *self.trunk, &mut *self.task);
+        let record = self.state.manifest(&session.identity);
+        let place = session.folder.publish(step, record, |folder| {
+            let (config, layout) = (&trunk.encoder.config, trunk.params.layout());
+            let vocabulary = session.vocabulary.as_deref();
+            checkpoint::write_model(&trunk.dev, folder, config, layout, trunk.params.master(), vocabulary)?;
+            task.save(&trunk.dev, folder, config)?;
+            save_moments(folder, trunk, task)
+        })?;
+        if best {
+            session.folder.point(Pointer::Best, step)?;
+        }
+        session.folder.prune(self.settings.train.keep, self.state.best.as_ref().map(|b| b.step))?;
+        self.outcome.published = Some(place);
+        self.meter.pause();
+        Ok(())
+    }
+
+    fn interrupted(&mut self, step: u64) -> Error {
+        self.session.observer.end();
+        let command = self.session.resume_command.clone();
+        let hint = command
+            .unwrap_or_else(|| format!("--resume with --out {}", self.session.folder.path().display()));
+        Error::interrupted(format!("checkpointed at step {step}"))
+            .at(self.session.folder.path().display())
+            .next(format!("resume with: {hint}"))
+    }
+
+    fn finish(mut self) -> Result<RunSummary> {
+        let out = self.session.folder.path().to_path_buf();
+        // A run that was complete when it was resumed published nothing new.
+        let checkpoint = match self.outcome.published.take() {
+            Some(place) => place,
+            None => checkpoint::pointed(&out, Pointer::Last)?.unwrap_or_else(|| out.clone()),
+        };
+        let (cells_per_s, tokens_per_s) = self.meter.overall();
+        Ok(RunSummary {
+            stage: self.session.stage,
+            out,
+            checkpoint,
+            best: self.state.best,
+            steps: self.state.step,
+            bad_steps: self.state.bad_steps,
+            loss: self.outcome.loss,
+            evaluation: self.outcome.evaluation,
+            seconds: self.state.seconds,
+            cells_per_s,
+            tokens_per_s,
+        })
+    }
+}
+
+fn train_due(every: u64, step: u64) -> bool {
+    every > 0 && step % every == 0
+}
+
+fn save_moments<B: Backend<A>, A: Act>(
+    folder: &Path,
+    trunk: &Trunk<B, A>,
+    task: &mut dyn Task<B, A>,
+) -> Result<()> {
+    let own = task.own();
+    let mut moments = vec![("network", &trunk.moments)];
+    if let Some(own) = &own {
+        moments.push((own.name, &*own.moments));
+    }
+    write_moments(&trunk.dev, folder, &moments)
+}
+
+/// Loads moments, the stage's own weights and the loop's state from the checkpoint at `place`; the trunk's weights were
+/// loaded from there when it was made.
+fn restore<B: Backend<A>, A: Act>(
+    session: &Session<'_>,
+    place: &Path,
+    trunk: &mut Trunk<B, A>,
+    task: &mut dyn Task<B, A>,
+    sampler: &mut Sampler,
+) -> Result<LoopState> {
+    let state = LoopState::read(&verify(place)?, &session.identity, place)?;
+    task.restore(&trunk.dev, place)?;
+    let own = task.own();
+    let mut moments = vec![("network", &mut trunk.moments)];
+    if let Some(own) = own {
+        moments.push((own.name, own.moments));
+    }
+    read_moments(&trunk.dev, place, &mut moments)?;
+    sampler.restore(&state.sampler)?;
+    Ok(state)
+}

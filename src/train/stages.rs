@@ -1,0 +1,250 @@
+//! One call per stage: open, build, run. The command line and the demo come through here.
+
+use super::finetune::Finetune;
+use super::folder::sha256_of;
+use super::inputs::{Opened, RunInputs, open};
+use super::observer::Observer;
+use super::pretrain::Pretrain;
+use super::refine::Refine;
+use super::refine_start::{MarkerInputs, marker_sets, start};
+use super::run::{RunSummary, Session, run};
+use super::task::Task;
+use super::trunk::Trunk;
+use crate::config::{Precision, Stage};
+use crate::corpus::splits::SplitRule;
+use crate::corpus::{Sampler, Sampling};
+use crate::cpu::Cpu;
+use crate::device::Act;
+use crate::error::{Error, Result};
+use crate::genes::markers::MarkerSets;
+use crate::model::Parameters;
+use crate::model::checkpoint::{self, LoadOptions};
+use crate::model::weights::Parameter;
+use crate::ops::Backend;
+use crate::ops::gene_attention::Pattern;
+use half::bf16;
+use serde_json::json;
+
+/// Masked-gene pretraining of a preset, or on from a checkpoint.
+///
+/// # Errors
+/// Usage (2), input (3), environment (4), interrupted after a checkpoint (5), numerical (6).
+pub fn pretrain(inputs: &RunInputs, observer: &mut dyn Observer) -> Result<RunSummary> {
+    let opened = open(Stage::Pretrain, inputs, SplitRule::All, observer)?;
+    match opened.settings.train.precision {
+        Precision::F32 => pretrain_on::<Cpu, f32>(&Cpu, opened, inputs, observer),
+        Precision::Bf16 => pretrain_on::<Cpu, bf16>(&Cpu, opened, inputs, observer),
+    }
+}
+
+fn pretrain_on<B: Backend<A>, A: Act>(
+    dev: &B,
+    opened: Opened,
+    inputs: &RunInputs,
+    observer: &mut dyn Observer,
+) -> Result<RunSummary> {
+    let identity = opened.identity(Stage::Pretrain, json!({}))?;
+    let settings = &opened.settings;
+    let sampler = Sampler::over(&opened.split.training(), settings.batch.sampling, settings.seed)?;
+    let mut trunk = trunk::<B, A>(dev, &opened, |_| true)?;
+    let mut task = Pretrain::new(&trunk, &settings.mask, settings.seed)?;
+    finish(Stage::Pretrain, opened, inputs, identity, &mut trunk, &mut task, sampler, observer)
+}
+
+/// A classifier on a checkpoint.
+///
+/// # Errors
+/// As [`pretrain`].
+pub fn finetune(inputs: &RunInputs, observer: &mut dyn Observer) -> Result<RunSummary> {
+    if inputs.split.label.is_none() {
+        return Err(Error::usage("finetune needs a label column").next("--label COLUMN"));
+    }
+    let rule = SplitRule::parse_fractions(DEFAULT_SPLIT)?;
+    let opened = open(Stage::Finetune, inputs, rule, observer)?;
+    match opened.settings.train.precision {
+        Precision::F32 => finetune_on::<Cpu, f32>(&Cpu, opened, inputs, observer),
+        Precision::Bf16 => finetune_on::<Cpu, bf16>(&Cpu, opened, inputs, observer),
+    }
+}
+
+/// The division of a labelled stage that is told nothing.
+pub const DEFAULT_SPLIT: &str = "train=0.67,test=0.33";
+
+fn finetune_on<B: Backend<A>, A: Act>(
+    dev: &B,
+    opened: Opened,
+    inputs: &RunInputs,
+    observer: &mut dyn Observer,
+) -> Result<RunSummary> {
+    let settings = &opened.settings;
+    let labels = opened.split.labels.clone().ok_or_else(|| Error::bug("a labelled split without labels"))?;
+    let training = opened.split.training().labelled();
+    let counts = training.counts();
+    let identity =
+        opened.identity(Stage::Finetune, json!({"label": labels.column, "classes": labels.classes}))?;
+    let sampler = match settings.batch.sampling {
+        Sampling::None => Sampler::of_cells(training.cells().to_vec(), settings.seed)?,
+        classes => Sampler::over(&training, classes, settings.seed)?,
+    };
+    let frozen = settings.finetune.freeze_layers;
+    if frozen > opened.config.layers {
+        return Err(Error::usage("finetune.freeze_layers is beyond the encoder")
+            .found(frozen)
+            .wanted(format!("at most {}", opened.config.layers)));
+    }
+    let depth = opened.config.depth(opened.config.layer)?;
+    let mut trunk = trunk::<B, A>(dev, &opened, |p| learns_below(p, depth, frozen))?;
+    let (learning_rate, seed) = (settings.optimizer.head_learning_rate, settings.seed);
+    let mut task = Finetune::new(&trunk, &settings.finetune, labels, &counts, learning_rate, seed)?;
+    finish(Stage::Finetune, opened, inputs, identity, &mut trunk, &mut task, sampler, observer)
+}
+
+/// Prototype-guided post-pretraining of a checkpoint.
+///
+/// # Errors
+/// As [`pretrain`].
+pub fn refine(inputs: &RunInputs, markers: &MarkerInputs, observer: &mut dyn Observer) -> Result<RunSummary> {
+    let rule = match &inputs.split.label {
+        Some(_) => SplitRule::parse_fractions(DEFAULT_SPLIT)?,
+        None => SplitRule::All,
+    };
+    let opened = open(Stage::Refine, inputs, rule, observer)?;
+    match opened.settings.train.precision {
+        Precision::F32 => refine_on::<Cpu, f32>(&Cpu, opened, inputs, markers, observer),
+        Precision::Bf16 => refine_on::<Cpu, bf16>(&Cpu, opened, inputs, markers, observer),
+    }
+}
+
+fn refine_on<B: Backend<A>, A: Act>(
+    dev: &B,
+    opened: Opened,
+    inputs: &RunInputs,
+    marker_inputs: &MarkerInputs,
+    observer: &mut dyn Observer,
+) -> Result<RunSummary> {
+    // A split taken over may name a label column; without --label its labels are not looked at.
+    let labelled = inputs.split.label.is_some();
+    let settings = &opened.settings;
+    let training = opened.split.training();
+    let markers = marker_sets(marker_inputs, &opened, &training, labelled)?;
+    let sampler = match (labelled, settings.batch.sampling) {
+        (true, sampling) => Sampler::over(&training, sampling, settings.seed)?,
+        (false, Sampling::None) => Sampler::of_cells(training.cells().to_vec(), settings.seed)?,
+        (false, _) => {
+            return Err(
+                Error::usage("class sampling needs labels").next("add --label, or leave batch.sampling out")
+            );
+        }
+    };
+    let depth = opened.config.depth(opened.config.layer)?;
+    let mlm = settings.objective.mlm > 0.0;
+    let mut trunk =
+        trunk::<B, A>(dev, &opened, |p| learns_below(p, depth, 0) || (mlm && p.name.starts_with("head.")))?;
+    if matches!(opened.config.attention, Pattern::MarkerSparse { .. }) {
+        let mut globals = vec![false; opened.vocab.len()];
+        markers.sets.iter().flatten().for_each(|(token, _)| globals[*token as usize] = true);
+        trunk.globals = Some(globals);
+    }
+    let parts = start(&mut trunk, &opened, inputs, &markers, &training, labelled, observer)?;
+    if opened.resume.is_none() {
+        markers.write_gmt(&inputs.out.join("markers.gmt"), &opened.vocab, |_| {
+            "as used by this run".to_string()
+        })?;
+    }
+    let identity = opened.identity(
+        Stage::Refine,
+        json!({"label": inputs.split.label, "types": markers.names, "markers": digest_of(&markers),
+            "start": super::refine_start::digest(&inputs.out)?}),
+    )?;
+    let mut task = Refine::new(&trunk, parts, &settings.mask)?;
+    finish(Stage::Refine, opened, inputs, identity, &mut trunk, &mut task, sampler, observer)
+}
+
+/// SHA-256 of marker sets: names, genes and weights.
+fn digest_of(markers: &MarkerSets) -> String {
+    let mut bytes = Vec::new();
+    for (name, set) in markers.names.iter().zip(&markers.sets) {
+        bytes.extend_from_slice(name.as_bytes());
+        bytes.push(0);
+        for (token, weight) in set {
+            bytes.extend_from_slice(&token.to_le_bytes());
+            bytes.extend_from_slice(&weight.to_le_bytes());
+        }
+    }
+    sha256_of(&bytes)
+}
+
+/// Does this parameter take part in a cell vector from the first `depth` layers, of which the first `frozen` do not learn?
+/// What has no gradient must not decay either.
+fn learns_below(parameter: &Parameter, depth: usize, frozen: usize) -> bool {
+    let name = parameter.name.as_str();
+    match name.strip_prefix("layer.").and_then(|rest| rest.split('.').next()?.parse::<usize>().ok()) {
+        Some(layer) => (frozen..depth).contains(&layer),
+        None => frozen == 0 && !name.starts_with("head."),
+    }
+}
+
+/// The trunk with random weights, those of the checkpoint, or those of the checkpoint to resume from.
+fn trunk<B: Backend<A>, A: Act>(
+    dev: &B,
+    opened: &Opened,
+    learns: impl Fn(&Parameter) -> bool,
+) -> Result<Trunk<B, A>> {
+    let (config, settings) = (&opened.config, &opened.settings);
+    let params = match opened.resume.as_ref().or(opened.start.as_ref()) {
+        Some(folder) => checkpoint::load::<B, A>(dev, folder, LoadOptions::default())?.1,
+        None => Parameters::random(dev, config, settings.seed)?,
+    };
+    Trunk::new(dev, config, params, opened.corpus.clone(), settings, learns)
+}
+
+#[allow(clippy::too_many_arguments)] // the parts of one run, each built by its stage
+fn finish<B: Backend<A>, A: Act>(
+    stage: Stage,
+    opened: Opened,
+    inputs: &RunInputs,
+    identity: serde_json::Value,
+    trunk: &mut Trunk<B, A>,
+    task: &mut dyn Task<B, A>,
+    sampler: Sampler,
+    observer: &mut dyn Observer,
+) -> Result<RunSummary> {
+    if opened.resume.is_none() {
+        opened.write_run_record(stage, inputs, &identity)?;
+    }
+    let validation = opened.validation();
+    let session = Session {
+        stage,
+        folder: opened.folder,
+        settings: opened.settings,
+        identity,
+        vocabulary: Some(opened.vocab_file),
+        resume: opened.resume,
+        resume_command: inputs.resume_command.clone(),
+        validation,
+        peak_flop_per_s: None,
+        observer,
+    };
+    run(session, trunk, task, sampler)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::weights::{Network, Parts};
+    use crate::model::{Preset, Weights};
+
+    #[test]
+    fn frozen_layers_embeddings_and_unused_heads_do_not_learn() {
+        let config = Preset::named("small").map(|p| p.config(50, Default::default())).unwrap();
+        let list = Network::list(Weights::of(&config));
+        let learning = |depth, frozen| -> Vec<&str> {
+            list.iter().filter(|p| learns_below(p, depth, frozen)).map(|p| p.name.as_str()).collect()
+        };
+        let all = learning(4, 0);
+        assert!(all.contains(&"word") && all.contains(&"layer.3.up_bias") && !all.contains(&"head.bias"));
+        let some = learning(3, 2);
+        assert!(some.iter().all(|name| name.starts_with("layer.2.")) && some.len() == 12, "{some:?}");
+        assert!(learning(4, 4).is_empty());
+    }
+}

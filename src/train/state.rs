@@ -1,0 +1,121 @@
+//! Everything that a resumed run must find again: where the loop stood, who its inputs were, and the moments.
+//!
+//! Weights lie in `model.safetensors` (f32 masters, exact), the stage's own in its own files, the moments here in
+//! `state.safetensors`, the rest in `state.json`. With them a resumed run makes the same bits as one that never stopped.
+
+use super::optimizer::Moments;
+use crate::corpus::SamplerState;
+use crate::device::{Device, Len};
+use crate::error::{Error, Result};
+use crate::model::tensors::{self, Declared, TensorFile};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use std::path::Path;
+
+/// Version of the layout of `state.json` and `state.safetensors`.
+pub const FORMAT: u32 = 1;
+/// Name of the moments' file.
+pub const MOMENTS: &str = "state.safetensors";
+
+/// Where the loop stands.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LoopState {
+    /// Steps made, bad ones included.
+    pub step: u64,
+    /// Steps of the whole run: the schedule's length.
+    pub steps: u64,
+    /// Updates applied: Adam's t.
+    pub updates: u64,
+    /// Bad steps since the last good one.
+    pub bad_in_a_row: u64,
+    /// Bad steps in all.
+    pub bad_steps: u64,
+    /// Where the sampler stands.
+    pub sampler: SamplerState,
+    /// The best evaluation so far.
+    pub best: Option<Best>,
+    /// Seconds of training.
+    pub seconds: f64,
+}
+
+/// The best evaluation.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Best {
+    /// Its step.
+    pub step: u64,
+    /// Its measure.
+    pub measure: String,
+    /// Its value.
+    pub value: f64,
+}
+
+impl LoopState {
+    /// The manifest of a checkpoint, its file list apart.
+    pub fn manifest(&self, identity: &Value) -> Value {
+        serde_json::json!({"format": FORMAT, "world_size": 1, "identity": identity, "loop": self})
+    }
+
+    /// Reads a manifest and meets it with the inputs of this run.
+    ///
+    /// # Errors
+    /// Input: another format, or inputs that are not the run's: corpus, vocabulary, label, markers, split.
+    pub fn read(manifest: &Value, identity: &Value, place: &Path) -> Result<LoopState> {
+        if manifest["format"].as_u64() != Some(FORMAT as u64) {
+            return Err(Error::input("the checkpoint's state has another format")
+                .at(place.display())
+                .found(&manifest["format"])
+                .wanted(FORMAT));
+        }
+        let empty = Map::new();
+        let theirs = manifest["identity"].as_object().unwrap_or(&empty);
+        for (name, mine) in identity.as_object().unwrap_or(&empty) {
+            let there = theirs.get(name).unwrap_or(&Value::Null);
+            if there != mine {
+                return Err(Error::input(format!(
+                    "the run was started with another {}",
+                    name.replace('_', " ")
+                ))
+                .at(place.display())
+                .found(mine)
+                .wanted(there)
+                .next("give the inputs of the run's start, or start another run with another --out"));
+            }
+        }
+        serde_json::from_value(manifest["loop"].clone()).map_err(|e| {
+            Error::input("the checkpoint's state cannot be read").at(place.display()).found(e.to_string())
+        })
+    }
+}
+
+/// Writes moments under their names.
+pub fn write_moments<B: Device>(dev: &B, folder: &Path, moments: &[(&str, &Moments<B>)]) -> Result<()> {
+    let mut declared = Vec::new();
+    for (name, moments) in moments {
+        declared.push(Declared::f32(format!("{name}.m"), &[moments.m.len()]));
+        declared.push(Declared::f32(format!("{name}.v"), &[moments.v.len()]));
+    }
+    tensors::write(&folder.join(MOMENTS), &[("format", "pt")], declared, |tensor| {
+        let (name, which) = tensor.name.rsplit_once('.').unwrap_or((&tensor.name, ""));
+        let (_, moments) = moments
+            .iter()
+            .find(|(n, _)| *n == name)
+            .ok_or_else(|| Error::bug("moments without a name").found(&tensor.name))?;
+        let values = dev.download(if which == "m" { &moments.m } else { &moments.v })?;
+        Ok(bytemuck::cast_slice(&values).to_vec())
+    })
+}
+
+/// Reads them back.
+pub fn read_moments<B: Device>(
+    dev: &B,
+    folder: &Path,
+    moments: &mut [(&str, &mut Moments<B>)],
+) -> Result<()> {
+    let file = TensorFile::open(&folder.join(MOMENTS))?;
+    for (name, moments) in moments {
+        let len = moments.m.len();
+        dev.write(&mut moments.m, &file.floats(&format!("{name}.m"), &[len])?)?;
+        dev.write(&mut moments.v, &file.floats(&format!("{name}.v"), &[len])?)?;
+    }
+    Ok(())
+}

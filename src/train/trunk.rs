@@ -1,0 +1,294 @@
+//! The trunk: the encoder with its gradient, moments and buffers: what all three stages train.
+//!
+//! A logical batch is what one loss sees; it is cut into parts of at most `batch.tokens` tokens, whole cells each, and the
+//! gradients of the parts add up. Dropout and masks are drawn by the token's place in the logical batch, so the cut changes
+//! memory and nothing else.
+
+use super::optimizer::{Moments, SLOTS, Span, spans};
+use crate::config::Settings;
+use crate::corpus::{Batch, BatchOptions, Corpus, Packer};
+use crate::device::Act;
+use crate::error::{Error, Result};
+use crate::model::flops::Work;
+use crate::model::ledger::Ledger;
+use crate::model::weights::Parameter;
+use crate::model::{
+    Activations, Capacity, DeviceBatch, Encoder, ModelConfig, Parameters, Pass, Store, heads,
+};
+use crate::ops::Backend;
+use crate::ops::gene_attention::Pattern;
+use half::f16;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Names the random numbers of one logical batch.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Draw {
+    /// Seed of the run.
+    pub seed: u64,
+    /// Training step.
+    pub step: u32,
+    /// Tokens of the step's earlier logical batches.
+    pub first_row: u64,
+}
+
+impl Draw {
+    /// The encoder's pass over the cells.
+    pub fn pass(self) -> Pass {
+        Pass::Train { seed: self.seed, step: self.step, view: 0 }
+    }
+}
+
+/// A logical batch on the host, widened once.
+pub struct Logical<'a> {
+    /// The batch.
+    pub batch: &'a Batch,
+    /// (N) genes.
+    pub gene: &'a [u32],
+    /// Cells of each part.
+    pub parts: Vec<Range<usize>>,
+}
+
+impl Logical<'_> {
+    /// Tokens of a range of cells.
+    pub fn tokens(&self, cells: &Range<usize>) -> Range<usize> {
+        self.batch.cell_start[cells.start] as usize..self.batch.cell_start[cells.end] as usize
+    }
+}
+
+/// The encoder and everything that its training needs.
+pub struct Trunk<B: Backend<A>, A: Act> {
+    /// Where it runs.
+    pub dev: B,
+    /// The network's handle and configuration.
+    pub encoder: Encoder<B>,
+    /// Weights.
+    pub params: Parameters<B, A>,
+    /// Gradients.
+    pub grads: Store<B, f32>,
+    /// Moments.
+    pub moments: Moments<B>,
+    /// What learns.
+    pub spans: Vec<Span>,
+    /// Activations of one part.
+    pub acts: Activations<B, A>,
+    /// The part on the device.
+    pub part: DeviceBatch<B>,
+    /// Loss and norm sums.
+    pub scalars: B::Buf<f64>,
+    /// What the corpus batches look like.
+    pub options: BatchOptions,
+    /// The cells.
+    pub corpus: Arc<Corpus>,
+    /// (V) ids that are global tokens under marker-sparse attention.
+    pub globals: Option<Vec<bool>>,
+    genes: Vec<u32>,
+}
+
+impl<B: Backend<A>, A: Act> Trunk<B, A> {
+    /// Buffers for training `params` on batches of `corpus` under `settings`; `learns` picks the parameters that change.
+    pub fn new(
+        dev: &B,
+        config: &ModelConfig,
+        params: Parameters<B, A>,
+        corpus: Arc<Corpus>,
+        settings: &Settings,
+        learns: impl Fn(&Parameter) -> bool,
+    ) -> Result<Self> {
+        let options = batch_options(config, &corpus, settings)?;
+        let capacity = capacity(&options, settings);
+        let mut ledger = Ledger::new(dev);
+        let layout = params.layout();
+        Ok(Trunk {
+            grads: Store::planned(&mut ledger, "gradients", layout)?,
+            moments: Moments::zeros(dev, layout.len())?,
+            spans: spans(layout, learns),
+            acts: Activations::training(&mut ledger, config, capacity)?,
+            part: DeviceBatch::planned(&mut ledger, config, capacity)?,
+            scalars: dev.zeros(SLOTS)?,
+            encoder: Encoder::new(dev.clone(), config.clone()),
+            dev: dev.clone(),
+            params,
+            options,
+            corpus,
+            globals: None,
+            genes: Vec::new(),
+        })
+    }
+
+    /// The network's configuration.
+    pub fn config(&self) -> &ModelConfig {
+        &self.encoder.config
+    }
+    /// Largest part.
+    pub fn capacity(&self) -> Capacity {
+        self.part.capacity()
+    }
+
+    /// Cuts `batch` into parts and widens its genes; give the genes back with [`Trunk::recycle`].
+    pub fn logical<'a>(&mut self, batch: &'a Batch, genes: &'a mut Vec<u32>) -> Logical<'a> {
+        batch.gene.widen_into(genes);
+        let parts = cut(&batch.cell_start, self.capacity());
+        Logical { batch, gene: genes, parts }
+    }
+
+    /// Lends the buffer that [`Trunk::logical`] fills.
+    pub fn take_genes(&mut self) -> Vec<u32> {
+        std::mem::take(&mut self.genes)
+    }
+    /// Takes it back.
+    pub fn recycle(&mut self, genes: Vec<u32>) {
+        self.genes = genes;
+    }
+
+    /// Copies the cells of one part in.
+    pub fn load(&mut self, logical: &Logical<'_>, cells: &Range<usize>, first_row: u64) -> Result<()> {
+        let tokens = logical.tokens(cells);
+        let start: Vec<u32> = logical.batch.cell_start[cells.start..=cells.end]
+            .iter()
+            .map(|s| s - tokens.start as u32)
+            .collect();
+        let value: Option<&[f16]> = logical.batch.value.get(tokens.clone()).filter(|v| !v.is_empty());
+        let config = &self.encoder.config;
+        let gene = &logical.gene[tokens.clone()];
+        self.part.upload_cells(&self.dev, config, gene, &start, value, self.globals.as_deref())?;
+        self.part.first_row = first_row + tokens.start as u64;
+        self.part.first_cell = cells.start;
+        Ok(())
+    }
+
+    /// Vectors of made-up cells: token lists without special tokens, each within the context. Marker sentences go through here.
+    pub fn embed_lists(&mut self, lists: &[Vec<u32>]) -> Result<Vec<f32>> {
+        let config = self.encoder.config.clone();
+        let (depth, width) = (config.depth(config.layer)?, config.width);
+        let mut h = self.dev.zeros::<f32>(width)?;
+        let mut rows = vec![0.0; lists.len() * width];
+        for (list, row) in lists.iter().zip(rows.chunks_exact_mut(width)) {
+            let mut gene: Vec<u32> = config.vocabulary.cls.into_iter().collect();
+            gene.extend(list);
+            gene.extend(config.vocabulary.eos);
+            // A sentence has ranks and no expression: every gene stands at ln(1 + 10⁴ · 2·10⁻⁴), a common value.
+            let value = vec![f16::from_f32(1.1); gene.len()];
+            let start = [0, gene.len() as u32];
+            let globals = self.globals.as_deref();
+            self.part.upload_cells(&self.dev, &config, &gene, &start, Some(&value), globals)?;
+            let Trunk { encoder, params, part, acts, .. } = self;
+            encoder.forward(params.network(), part.input(), acts, Pass::Eval, depth)?;
+            heads::pool(&self.dev, &config, config.pooling, &self.part, &self.acts, depth, &mut h)?;
+            self.dev.read(&h, row)?;
+        }
+        Ok(rows)
+    }
+
+    /// Cell vectors (C, D) of `cells` in their order, without dropout, from `model.layer` and `model.pooling`.
+    pub fn embed(&mut self, cells: &[u32]) -> Result<Vec<f32>> {
+        let config = self.encoder.config.clone();
+        let (depth, width) = (config.depth(config.layer)?, config.width);
+        let capacity = self.capacity();
+        let options = BatchOptions { cells: capacity.cells, tokens: capacity.tokens, ..self.options.clone() };
+        let mut packer = Packer::in_order(self.corpus.clone(), cells.to_vec(), options)?;
+        let mut h = self.dev.zeros::<f32>(capacity.cells * width)?;
+        let (mut batch, mut rows) = (Batch::default(), Vec::with_capacity(cells.len() * width));
+        while packer.fill(&mut batch)? {
+            self.part.upload(&self.dev, &config, &batch, self.globals.as_deref())?;
+            let Trunk { encoder, params, part, acts, .. } = self;
+            encoder.forward(params.network(), part.input(), acts, Pass::Eval, depth)?;
+            heads::pool(&self.dev, &config, config.pooling, &self.part, &self.acts, depth, &mut h)?;
+            let from = rows.len();
+            rows.resize(from + batch.len() * width, 0.0);
+            self.dev.read(&h, &mut rows[from..])?;
+        }
+        if rows.len() != cells.len() * width {
+            return Err(Error::bug("embedding lost cells").found(rows.len() / width).wanted(cells.len()));
+        }
+        Ok(rows)
+    }
+}
+
+/// Counted work of a batch under the network's attention pattern.
+pub fn work(config: &ModelConfig, batch: &Batch, masked: usize) -> Work {
+    let lengths = batch.cell_start.windows(2).map(|w| (w[1] - w[0]) as usize);
+    let mut work = match config.attention {
+        Pattern::Dense => Work::dense(lengths),
+        // Global tokens aside: their number depends on the markers, and they are few.
+        Pattern::MarkerSparse { window } => lengths.fold(Work::default(), |w, len| Work {
+            tokens: w.tokens + len as u64,
+            pairs: w.pairs + (len * len.min(2 * window + 1)) as u64,
+            ..w
+        }),
+    };
+    work.masked = masked as u64;
+    work
+}
+
+/// What the corpus packs: logical batches, bounded by cells alone.
+fn batch_options(config: &ModelConfig, corpus: &Corpus, settings: &Settings) -> Result<BatchOptions> {
+    let b = &settings.batch;
+    let context = if b.max_tokens == 0 { config.positions } else { b.max_tokens };
+    if context > config.positions {
+        return Err(Error::usage("batch.max_tokens is beyond the model's context")
+            .found(context)
+            .wanted(format!("at most {}", config.positions)));
+    }
+    let special = config.prefix() + config.suffix();
+    let longest = (0..corpus.cells()).map(|cell| corpus.len_of(cell)).max().unwrap_or(0) + special;
+    let max_tokens = context.min(longest);
+    if max_tokens <= special {
+        return Err(Error::usage("batch.max_tokens leaves no room for genes")
+            .found(context)
+            .wanted(format!("more than the {special} special tokens")));
+    }
+    if config.value_bins > 0 && !corpus.manifest().values {
+        return Err(Error::input("the network reads expression values and the corpus stores none")
+            .at(corpus.path().display())
+            .found(format!("model.value_bins = {}", config.value_bins))
+            .next("pack the corpus again with --values, or --set model.value_bins=0"));
+    }
+    Ok(BatchOptions {
+        cells: b.cells,
+        tokens: b.cells.saturating_mul(max_tokens),
+        max_tokens,
+        cls: config.vocabulary.cls,
+        eos: config.vocabulary.eos,
+        values: config.value_bins > 0,
+    })
+}
+
+/// The largest part: `batch.tokens`, but at least one whole cell and at most a whole logical batch.
+fn capacity(options: &BatchOptions, settings: &Settings) -> Capacity {
+    let tokens = settings.batch.tokens.max(options.max_tokens).min(options.tokens);
+    Capacity { tokens, cells: options.cells.min(tokens) }
+}
+
+/// Whole cells, in order, as many as fit each part.
+fn cut(cell_start: &[u32], capacity: Capacity) -> Vec<Range<usize>> {
+    let cells = cell_start.len().saturating_sub(1);
+    let (mut parts, mut first) = (Vec::new(), 0);
+    for cell in 0..cells {
+        let tokens = (cell_start[cell + 1] - cell_start[first]) as usize;
+        if cell > first && (tokens > capacity.tokens || cell - first == capacity.cells) {
+            parts.push(first..cell);
+            first = cell;
+        }
+    }
+    if first < cells {
+        parts.push(first..cells);
+    }
+    parts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_hold_whole_cells_and_cover_the_batch() {
+        let start = [0, 5, 6, 12, 13, 20];
+        let cut = |tokens, cells| cut(&start, Capacity { tokens, cells });
+        assert_eq!(cut(100, 100), [0..5]);
+        assert_eq!(cut(7, 100), [0..2, 2..4, 4..5]);
+        assert_eq!(cut(100, 2), [0..2, 2..4, 4..5]);
+        assert_eq!(cut(7, 1).len(), 5);
+        assert!(super::cut(&[0], Capacity { tokens: 7, cells: 1 }).is_empty());
+    }
+}
