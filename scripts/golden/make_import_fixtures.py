@@ -243,7 +243,6 @@ def main():
     save("legacy_categories.h5ad", legacy_categories)
 
     cells = [ranked(row) for row in counts]
-    none = lambda v: None if isinstance(v, float) and np.isnan(v) else v
     normalised = counts / np.maximum(counts.sum(1, keepdims=True), 1) * 10000
     built = {}
     for e in sorted(set(ensembl)):
@@ -255,7 +254,7 @@ def main():
         "tokens": [c[0] for c in cells],
         "values": [c[1] for c in cells],
         "total": [int(n) for n in counts.sum(1)],
-        "obs": {"label": label, "batch": batch, "score": [none(v) for v in score.tolist()], "plain": plain, "flag": [str(v) for v in flag]},
+        "obs": {"label": label, "batch": batch, "score": [None if np.isnan(v) else repr(v) for v in score.tolist()], "plain": plain, "flag": [str(v) for v in flag]},
         "built_medians": built,
     }
     (OUT / "expected.json").write_text(json.dumps(expected) + "\n")
@@ -270,6 +269,25 @@ def main():
     (OUT / "symbols_p4.pkl").write_bytes(pickle.dumps({f"SYM{g}": e for g, e in enumerate(ensembl) if g != 9}, protocol=4))
     (OUT / "tokens.json").write_text(json.dumps(token_id))
     (OUT / "medians.json").write_text(json.dumps(medians))
+    rank_cells()
+
+
+def rank_cells():
+    """Cells of the size of real ones: little-endian u32 genes, cells; f64 medians; per cell u16 counts, u32 tokens, u16 order."""
+    genes, cells = 6000, 5
+    medians = np.exp(rng.normal(0.7, 0.8, genes))
+    medians[rng.integers(0, genes, 300)] = 2.0  # equal medians: exact ties
+    rate = np.exp(rng.normal(-1.5, 1.6, genes))
+    out = [np.array([genes, cells], "<u4").tobytes(), medians.astype("<f8").tobytes()]
+    for cell in range(cells):
+        x = rng.poisson(rate * [0.1, 0.5, 1, 2, 5][cell]).astype("<u2")
+        column = np.flatnonzero(x)
+        v = x[column].astype(np.float64) / float(x.sum()) * 10000 / medians[column]
+        order = column[np.argsort(-v, kind="stable")].astype("<u2")
+        assert len(np.unique(v)) < len(v)
+        out += [x.tobytes(), np.array([len(order)], "<u4").tobytes(), order.tobytes()]
+    with gzip.GzipFile(OUT / "rank_cells.bin.gz", "wb", 9, mtime=0) as target:
+        target.write(b"".join(out))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ use super::mapping::{SymbolMap, ensembl_id, read_text};
 pub use super::pickle::Scalar;
 use super::vocab::{Vocab, clip, is_special};
 use crate::error::{Error, Result};
-use serde::de::{Deserializer, MapAccess, Visitor};
 use std::collections::HashMap;
 use std::path::Path;
 
@@ -242,35 +241,85 @@ fn parse_table(text: &str, path: &Path) -> Result<Vec<(String, Scalar)>> {
     Ok(pairs)
 }
 
-/// One JSON object; keys that come twice are kept, so that the caller sees them.
+/// One flat JSON object. Keys that come twice are kept, so that the caller sees them, and numbers are parsed to the nearest
+/// float, which a general JSON reader does not promise: the last bit of a median is part of the vocabulary's digest.
 fn parse_json(text: &str) -> std::result::Result<Vec<(String, Scalar)>, String> {
-    struct Pairs;
-    impl<'de> Visitor<'de> for Pairs {
-        type Value = Vec<(String, Scalar)>;
-        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-            f.write_str("an object of names to numbers")
+    let mut rest = text.trim_start();
+    let byte = |rest: &str| text.len() - rest.len();
+    let expect = |rest: &mut &str, wanted: char| match rest.trim_start().strip_prefix(wanted) {
+        Some(after) => {
+            *rest = after.trim_start();
+            Ok(())
         }
-        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Self::Value, A::Error> {
-            let mut pairs = Vec::new();
-            while let Some((key, value)) = map.next_entry::<String, serde_json::Value>()? {
-                let value = match &value {
-                    serde_json::Value::Number(n) => match n.as_i64() {
-                        Some(v) => Scalar::Int(v),
-                        None => Scalar::Float(n.as_f64().unwrap_or(f64::NAN)),
-                    },
-                    serde_json::Value::String(s) => Scalar::Text(s.clone()),
-                    other => {
-                        let kind = clip(&other.to_string(), 30);
-                        return Err(serde::de::Error::custom(format!("the value of {key:?} is {kind}")));
-                    }
-                };
-                pairs.push((key, value));
+        None => Err(format!("{wanted:?} expected at byte {}, {:?} found", byte(rest), clip(rest, 20))),
+    };
+    let string = |rest: &mut &str| {
+        let body =
+            rest.strip_prefix('"').ok_or_else(|| format!("a string expected at byte {}", byte(rest)))?;
+        let mut escaped = false;
+        let closing = |c: char| {
+            let closes = c == '"' && !escaped;
+            escaped = c == '\\' && !escaped;
+            closes
+        };
+        let end = 2 + body.find(closing).ok_or("the file ends inside a string")?;
+        let (token, after) = rest.split_at(end);
+        let value: String = serde_json::from_str(token).map_err(|e| format!("{token}: {e}"))?;
+        *rest = after.trim_start();
+        Ok::<_, String>(value)
+    };
+    expect(&mut rest, '{')?;
+    let mut pairs = Vec::new();
+    while !rest.starts_with('}') {
+        if !pairs.is_empty() {
+            expect(&mut rest, ',')?;
+        }
+        let key = string(&mut rest)?;
+        expect(&mut rest, ':')?;
+        let value = if rest.starts_with('"') {
+            Scalar::Text(string(&mut rest)?)
+        } else {
+            let end = rest.find(|c: char| c == ',' || c == '}' || c.is_whitespace()).unwrap_or(rest.len());
+            let (token, after) = rest.split_at(end);
+            rest = after.trim_start();
+            match (token.parse(), token.parse()) {
+                (Ok(v), _) => Scalar::Int(v),
+                (_, Ok(v)) => Scalar::Float(v),
+                _ => return Err(format!("the value of {key:?} is {}", clip(token, 30))),
             }
-            Ok(pairs)
-        }
+        };
+        pairs.push((key, value));
     }
-    let mut parser = serde_json::Deserializer::from_str(text);
-    let pairs = parser.deserialize_map(Pairs).map_err(|e| e.to_string())?;
-    parser.end().map_err(|e| e.to_string())?;
-    Ok(pairs)
+    expect(&mut rest, '}')?;
+    if rest.is_empty() { Ok(pairs) } else { Err(format!("more after the object, at byte {}", byte(rest))) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn json_numbers_keep_their_last_bit_and_strings_their_escapes() {
+        let text = " {\"a\": 1.5317126573973903 , \"\\u00e9\\\"\":-3,\"t\":\"x\\\\\"}\n";
+        let pairs = parse_json(text).unwrap();
+        assert_eq!(pairs[0], ("a".into(), Scalar::Float("1.5317126573973903".parse().unwrap())));
+        assert_eq!(pairs[1], ("é\"".into(), Scalar::Int(-3)));
+        assert_eq!(pairs[2], ("t".into(), Scalar::Text("x\\".into())));
+        for broken in [
+            "",
+            "{",
+            "{\"a\"}",
+            "{\"a\":}",
+            "{\"a\":1",
+            "{\"a\":1,}",
+            "{\"a\":1} 2",
+            "{\"a\":[1]}",
+            "{\"a",
+            "{\"a\":1 \"b\":2}",
+            "[]",
+        ] {
+            assert!(parse_json(broken).is_err(), "{broken}");
+        }
+        assert_eq!(parse_json("{}").unwrap(), []);
+    }
 }

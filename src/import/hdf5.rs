@@ -170,6 +170,14 @@ impl PureFile {
             };
             Error::input(what).at(&name).found(format!("{e}; {} bytes", metadata.len())).next(next)
         })?;
+        let end = open.superblock().eof_address;
+        if end > metadata.len() {
+            return Err(Error::input("the HDF5 file is cut short")
+                .at(&name)
+                .found(format!("{} bytes", metadata.len()))
+                .wanted(format!("{end} bytes, as its header says"))
+                .next("copy or download it again"));
+        }
         Ok(PureFile { file: open, raw: reader(&file)?, name })
     }
 
