@@ -68,7 +68,7 @@ const STORAGES: [(&str, Option<&str>); 16] = [
     ("csr_int16_small_chunks_shuffle", None),
     ("csc_uint32_small_chunks", None),
     ("csr_big_endian", None),
-    ("csr_latest_fixed_strings", None),
+    ("csr_v110_fixed_strings", None),
     ("csr_unsorted", None),
     ("legacy_compound", None),
     ("legacy_categories", None),
@@ -361,6 +361,16 @@ fn several_inputs_keep_their_order_and_get_unique_names() {
     assert_eq!(labels(&corpus, "label", 4), ["x", "", "z", "y"]);
     let one = run(std::slice::from_ref(&a), &dir.path().join("a.cells"), &PackOptions::default()).unwrap();
     assert!(!one.prefixed && one.renamed == 0);
+    let drop = |column: &str, value: &str| PackOptions {
+        drop: vec![(column.into(), value.into())],
+        ..PackOptions::default()
+    };
+    let out = dir.path().join("dropped.cells");
+    let report = run(&[a.clone(), b], &out, &drop("label", "y")).unwrap();
+    assert_eq!((report.files[0].dropped, report.files[1].dropped, report.manifest.cells), (0, 1, 3));
+    let report = run(std::slice::from_ref(&a), &dir.path().join("d.cells"), &drop("label", "w")).unwrap();
+    assert!(report.notes.iter().any(|n| n.contains("label=w")), "a value that never comes is said");
+    refuse(&a, &drop("labels", "y"), &["labels", "did you mean label"]);
     let e = run(&[a.clone(), a], &dir.path().join("aa.cells"), &PackOptions::default()).unwrap_err();
     assert!(e.kind() == Kind::Usage && e.to_string().contains("given twice"), "{e}");
 }

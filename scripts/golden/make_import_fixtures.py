@@ -236,7 +236,7 @@ def main():
     save("csr_int16_small_chunks_shuffle.h5ad", by_hand(lambda f: (sparse(f, "X", csr, data="int32", index="int64", chunks=(7,), compression="gzip", shuffle=True), frames(f))))
     save("csc_uint32_small_chunks.h5ad", by_hand(lambda f: (sparse(f, "X", csc, "csc", data="uint32", index="uint32", chunks=(5,), compression="lzf"), frames(f))))
     save("csr_big_endian.h5ad", by_hand(lambda f: (sparse(f, "X", csr, data=">f4", index=">i4"), frames(f))))
-    save("csr_latest_fixed_strings.h5ad", by_hand(lambda f: (sparse(f, "X", csr, data="float64", chunks=(11,), fletcher32=True), frames(f, obs_fixed=True)), libver="latest"))
+    save("csr_v110_fixed_strings.h5ad", by_hand(lambda f: (sparse(f, "X", csr, data="float64", chunks=(11,), fletcher32=True), frames(f, obs_fixed=True)), libver=("v110", "v110")))
     save("csr_unsorted.h5ad", by_hand(unsorted))
     save("dense_column_chunks.h5ad", by_hand(lambda f: (f.create_dataset("X", data=counts.astype("int64"), chunks=(CELLS, 2), compression="gzip"), frames(f))))
     save("legacy_compound.h5ad", legacy_compound)

@@ -31,6 +31,9 @@ pub struct Flags {
     /// obs columns to keep [default: all numbers, booleans, and labels of at most 1,000 distinct values].
     #[arg(long, value_name = "COL", num_args = 1..)]
     obs: Vec<String>,
+    /// Leave out cells: --drop cell_type=Other (may be repeated).
+    #[arg(long, value_name = "COL=VALUE", value_parser = parse_pair)]
+    drop: Vec<(String, String)>,
     /// var column of gene ids or symbols [default: the one that the vocabulary knows most of].
     #[arg(long, value_name = "COL")]
     genes: Option<String>,
@@ -61,6 +64,11 @@ pub struct Flags {
     /// Cells per shard; 0 = the default.
     #[arg(long, default_value_t = 0, value_name = "N")]
     shard_cells: usize,
+}
+
+fn parse_pair(text: &str) -> std::result::Result<(String, String), String> {
+    let (column, value) = text.split_once('=').ok_or("give COL=VALUE")?;
+    Ok((column.to_string(), value.to_string()))
 }
 
 /// A size such as `512M`, `2G`, `1.5GiB` or plain bytes.
@@ -94,6 +102,7 @@ pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
         gene_map: gene_map.as_ref(),
         min_gene_match: flags.min_gene_match,
         obs: flags.obs.clone(),
+        drop: flags.drop.clone(),
         values: flags.values,
         max_tokens: flags.max_tokens,
         memory_bytes: flags.memory,
@@ -133,6 +142,10 @@ fn output(flags: &Flags, report: &PackReport, seconds: f64) -> Output {
         m.columns.len(),
         m.shards.len()
     );
+    let dropped: u64 = report.files.iter().map(|f| f.dropped).sum();
+    if dropped > 0 {
+        let _ = write!(text, "\n{dropped} cells left out by --drop");
+    }
     if empty > 0 {
         let what = if flags.empty_cells == "keep" { "kept without tokens" } else { "left out" };
         let _ = write!(text, "\n{empty} cells without a gene of the vocabulary {what}");
@@ -152,7 +165,7 @@ fn output(flags: &Flags, report: &PackReport, seconds: f64) -> Output {
         "corpus": flags.out, "cells": m.cells, "tokens": m.tokens, "mean_tokens": mean, "digest": m.digest,
         "vocabulary": m.vocabulary.digest, "shards": m.shards.len(),
         "obs": m.columns.iter().map(|c| &c.name).collect::<Vec<_>>(),
-        "empty_cells": empty, "prefixed_names": report.prefixed, "renamed_cells": report.renamed, "files": report.files,
+        "empty_cells": empty, "dropped_cells": dropped, "prefixed_names": report.prefixed, "renamed_cells": report.renamed, "files": report.files,
         "notes": report.notes, "seconds": seconds, "peak_memory_bytes": peak,
     });
     Output { text, json }

@@ -74,11 +74,18 @@ impl H5ad {
             None => {
                 let all = slots(source.as_ref())?;
                 if all.is_empty() {
+                    let members = source.children("/")?;
+                    let tenx = source.node("matrix/barcodes")?.is_some();
+                    let next = if tenx {
+                        "this is a 10x .h5 file: scanpy.read_10x_h5(F).write_h5ad(F2) makes an .h5ad of it"
+                    } else {
+                        "is this an .h5ad file? (links are not followed)"
+                    };
                     return Err(Error::input("the file holds no matrix where AnnData puts one")
                         .at(source.name())
-                        .found(format!("members {}", source.children("/")?.join(", ")))
+                        .found(format!("members {}", members.join(", ")))
                         .wanted("X, raw/X or layers/NAME")
-                        .next("is this an .h5ad file? (links are not followed)"));
+                        .next(next));
                 }
                 let hint = nearest(&slot, all.iter().map(String::as_str))
                     .map_or(String::new(), |n| format!("; did you mean {n}?"));

@@ -4,6 +4,7 @@
 //! read with positioned reads, never mapped (a file cut short under a map is a signal, here it is an error), and soft or
 //! external links are never followed. Claimed sizes are checked against the file's length before anything is allocated.
 
+pub use super::number::{NumberKind, NumberType};
 use crate::error::{Error, Result};
 use hdf5_pure::{AttrValue, ChunkCacheConfig, DatasetAccessProperties, Datatype, FormatError, Source};
 use std::path::Path;
@@ -20,30 +21,6 @@ pub enum Node {
     Group,
     /// An array.
     Array,
-}
-
-/// A number's storage.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct NumberType {
-    /// Kind.
-    pub kind: NumberKind,
-    /// 1, 2, 4 or 8.
-    pub bytes: usize,
-    /// Stored with the most significant byte first.
-    pub big_endian: bool,
-}
-
-/// Kinds of numbers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum NumberKind {
-    /// IEEE binary16, 32 or 64.
-    Float,
-    /// Two's complement.
-    Signed,
-    /// Unsigned.
-    Unsigned,
-    /// h5py's boolean: an enumeration over one byte.
-    Bool,
 }
 
 /// How elements are stored.
@@ -433,75 +410,5 @@ impl H5Array for PureArray {
     }
     fn texts(&self, start: u64, rows: u64) -> Result<Vec<String>> {
         self.dataset.read_string_rows(start, rows).map_err(|e| damaged(&self.place, &e))
-    }
-}
-
-impl NumberType {
-    /// Appends every element as f64. Integers beyond 2^53 are rounded, as everywhere in this field.
-    pub fn decode_f64(self, raw: &[u8], out: &mut Vec<f64>) {
-        macro_rules! decode {
-            ($t:ty, $n:literal) => {
-                if self.big_endian {
-                    out.extend(
-                        raw.chunks_exact($n)
-                            .map(|b| <$t>::from_be_bytes(b.try_into().expect("n bytes")) as f64),
-                    )
-                } else {
-                    out.extend(
-                        raw.chunks_exact($n)
-                            .map(|b| <$t>::from_le_bytes(b.try_into().expect("n bytes")) as f64),
-                    )
-                }
-            };
-        }
-        use NumberKind as K;
-        match (self.kind, self.bytes) {
-            (K::Float, 4) => decode!(f32, 4),
-            (K::Float, 8) => decode!(f64, 8),
-            (K::Float, _) => out.extend(raw.chunks_exact(2).map(|b| {
-                let bits = if self.big_endian {
-                    u16::from_be_bytes([b[0], b[1]])
-                } else {
-                    u16::from_le_bytes([b[0], b[1]])
-                };
-                f64::from(half::f16::from_bits(bits))
-            })),
-            (K::Signed, 1) => decode!(i8, 1),
-            (K::Signed, 2) => decode!(i16, 2),
-            (K::Signed, 4) => decode!(i32, 4),
-            (K::Signed, _) => decode!(i64, 8),
-            (K::Unsigned | K::Bool, 1) => decode!(u8, 1),
-            (K::Unsigned | K::Bool, 2) => decode!(u16, 2),
-            (K::Unsigned | K::Bool, 4) => decode!(u32, 4),
-            (K::Unsigned | K::Bool, _) => decode!(u64, 8),
-        }
-    }
-
-    /// Appends every element as i64; unsigned values beyond it become `i64::MAX`, which no index check passes. Floats are not
-    /// integers: `None`.
-    pub fn decode_i64(self, raw: &[u8], out: &mut Vec<i64>) -> Option<()> {
-        macro_rules! decode {
-            ($t:ty, $n:literal) => {{
-                let one = |b: &[u8]| {
-                    let b = b.try_into().expect("n bytes");
-                    let v = if self.big_endian { <$t>::from_be_bytes(b) } else { <$t>::from_le_bytes(b) };
-                    i64::try_from(v).unwrap_or(i64::MAX)
-                };
-                out.extend(raw.chunks_exact($n).map(one))
-            }};
-        }
-        use NumberKind as K;
-        match (self.kind, self.bytes) {
-            (K::Float, _) => return None,
-            (K::Signed, 1) => decode!(i8, 1),
-            (K::Signed, 2) => decode!(i16, 2),
-            (K::Signed, 4) => decode!(i32, 4),
-            (K::Signed, _) => decode!(i64, 8),
-            (K::Unsigned | K::Bool, 1) => decode!(u8, 1),
-            (K::Unsigned | K::Bool, 2) => decode!(u16, 2),
-            (K::Unsigned | K::Bool, 4) => decode!(u32, 4),
-            (K::Unsigned | K::Bool, _) => decode!(u64, 8),
-        }
-        Some(())
     }
 }

@@ -3,16 +3,14 @@
 //! Every input is opened twice: first to agree on columns, genes and cell names, so that a wrong flag is reported before any work
 //! is done; then to stream it. Blocks of rows are read and ranked by all threads and pushed in order, so the corpus has the same
 //! bytes whatever the number of threads. Nothing in it depends on time, machine or folder.
-//!
-//! Cell names are those of `obs`. If a name occurs in several inputs, all names get the input's file name in front
-//! (`pbmc8k:AAACCTG-1`); a name that comes again within one input gets `-1`, `-2`, … behind, as anndata's
-//! `obs_names_make_unique` does. Both are said in the report.
 
 use super::frame::{Column, ColumnValues, Frame};
 use super::h5ad::{CellSource, H5ad};
 use super::matrix::{Pass, RowBlock};
+use super::names::{Names, name_hashes};
+use super::obs_choice::ObsChoice;
 use crate::cli::Progress;
-use crate::corpus::format::{Manifest, ObsKind, VocabIdentity};
+use crate::corpus::format::{Manifest, VocabIdentity};
 use crate::corpus::writer::{CellRecord, CorpusOptions, CorpusWriter, ObsSpec, ObsValue};
 use crate::error::{Error, Result};
 use crate::genes::mapping::{GeneMapping, MappingOptions, MappingReport, SymbolMap, map_genes};
@@ -22,12 +20,8 @@ use half::f16;
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
-use std::collections::hash_map::DefaultHasher;
-use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 
-/// Without `--obs`, a text column is kept up to this many distinct values: more is a name, not a label.
-pub const MAX_CATEGORIES: usize = 1_000;
 /// Rows ranked by one task.
 const ROWS_PER_TASK: usize = 64;
 
@@ -55,6 +49,8 @@ pub struct PackOptions<'a> {
     pub min_gene_match: f64,
     /// obs columns to keep; empty = all that are suitable.
     pub obs: Vec<String>,
+    /// Leave out cells with this value in this obs column, such as (`cell_type`, `Other`).
+    pub drop: Vec<(String, String)>,
     /// Store an expression value per token.
     pub values: bool,
     /// Tokens kept per cell; 0 = all.
@@ -77,6 +73,7 @@ impl Default for PackOptions<'_> {
             gene_map: None,
             min_gene_match: 0.5,
             obs: Vec::new(),
+            drop: Vec::new(),
             values: false,
             max_tokens: 0,
             memory_bytes: 2 << 30,
@@ -100,6 +97,8 @@ pub struct FileReport {
     pub cells: u64,
     /// Cells without a gene of the vocabulary.
     pub empty: u64,
+    /// Cells left out by [`PackOptions::drop`].
+    pub dropped: u64,
     /// Gene mapping.
     pub genes: MappingReport,
 }
@@ -144,9 +143,9 @@ pub fn pack(
         "program": concat!("cellrefine ", env!("CARGO_PKG_VERSION")),
         "sources": sources,
         "options": {"values": options.values, "max_tokens": options.max_tokens, "min_gene_match": options.min_gene_match,
-            "empty_cells": format!("{:?}", options.empty_cells).to_lowercase(), "allow_non_integer": options.allow_non_integer},
+            "drop": options.drop, "empty_cells": format!("{:?}", options.empty_cells).to_lowercase(), "allow_non_integer": options.allow_non_integer},
     });
-    let mut writer = CorpusWriter::create(
+    let writer = CorpusWriter::create(
         out,
         CorpusOptions {
             vocab: VocabIdentity { digest: vocab.digest().to_string(), len: vocab.len() },
@@ -160,24 +159,27 @@ pub fn pack(
     let scratch = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let pass =
         Pass { memory_bytes: options.memory_bytes, allow_non_integer: options.allow_non_integer, scratch };
-    let mut names = Names::new(&plan);
-    let mut files = plan.files.clone();
-    for (n, path) in inputs.iter().enumerate() {
+    let names = Names::new(plan.repeated, plan.prefixed.then_some(plan.prefixes));
+    let mut sink = Sink { writer, names, specs: &plan.obs, options, drop_hits: vec![0; options.drop.len()] };
+    let mut files = plan.files;
+    for (n, (path, report)) in inputs.iter().zip(&mut files).enumerate() {
         let source = open(path, options)?;
         let mapping = map(&source, vocab, options)?;
         let tokenizer = Tokenizer::new(&mapping.token, vocab, options.max_tokens);
-        names.file = n;
-        let mut empty = 0;
+        sink.names.enter(n);
         source.for_each_block(&pass, &mut |block| {
             let ranked = rank(block, &tokenizer, options.values);
-            empty += push(&mut writer, block, &ranked, source.obs(), &plan.obs, &mut names, options)?;
+            sink.push(block, &ranked, source.obs(), report)?;
             progress.add(block.rows() as u64);
             Ok(())
         })?;
-        files[n].empty = empty;
     }
-    let renamed = names.renamed;
-    Ok(PackReport { manifest: writer.finish()?, files, prefixed: plan.prefixed, renamed, notes: plan.notes })
+    let mut notes = plan.notes;
+    for ((column, value), _) in options.drop.iter().zip(&sink.drop_hits).filter(|(_, hits)| **hits == 0) {
+        notes.push(format!("no cell has {column}={value}: nothing to leave out"));
+    }
+    let renamed = sink.names.renamed();
+    Ok(PackReport { manifest: sink.writer.finish()?, files, prefixed: plan.prefixed, renamed, notes })
 }
 
 /// Total cells of the inputs, for a progress bar; does not check them.
@@ -243,9 +245,13 @@ impl Plan {
                 counts: source.describe(),
                 cells: source.cells(),
                 empty: 0,
+                dropped: 0,
                 genes,
             });
             columns.add(source.obs(), &options.obs)?;
+            for (column, _) in &options.drop {
+                source.obs().column(column)?;
+            }
             let (own, repeated) = name_hashes(source.obs())?;
             names.extend(own);
             plan.repeated.push(repeated);
@@ -265,144 +271,6 @@ impl Plan {
             .collect();
         Ok(plan)
     }
-}
-
-/// Distinct name hashes of one input, and those that come more than once; both sorted.
-fn name_hashes(obs: &Frame) -> Result<(Vec<u64>, Vec<u64>)> {
-    let mut all = Vec::new();
-    for (start, rows) in obs.windows() {
-        all.extend(obs.read_texts(obs.index(), start, rows)?.iter().map(|name| name_hash(name)));
-    }
-    all.par_sort_unstable();
-    let mut repeated: Vec<u64> = all.windows(2).filter(|w| w[0] == w[1]).map(|w| w[0]).collect();
-    repeated.dedup();
-    all.dedup();
-    Ok((all, repeated))
-}
-
-fn name_hash(name: &str) -> u64 {
-    // SipHash with fixed keys: the same in every run.
-    let mut hasher = DefaultHasher::new();
-    name.hash(&mut hasher);
-    hasher.finish()
-}
-
-/// Gives cells their final names.
-struct Names<'a> {
-    plan: &'a Plan,
-    file: usize,
-    /// How often a repeated name has come, per (input, name).
-    times: HashMap<(usize, String), u64>,
-    renamed: u64,
-}
-
-impl<'a> Names<'a> {
-    fn new(plan: &'a Plan) -> Self {
-        Names { plan, file: 0, times: HashMap::new(), renamed: 0 }
-    }
-
-    fn unique(&mut self, name: String) -> String {
-        let mut unique = name;
-        if self.plan.repeated[self.file].binary_search(&name_hash(&unique)).is_ok() {
-            let times = self.times.entry((self.file, unique.clone())).or_insert(0);
-            if *times > 0 {
-                unique = format!("{unique}-{times}");
-                self.renamed += 1;
-            }
-            *times += 1;
-        }
-        if self.plan.prefixed { format!("{}:{unique}", self.plan.prefixes[self.file]) } else { unique }
-    }
-}
-
-/// The obs columns that all inputs agree on.
-#[derive(Default)]
-struct ObsChoice {
-    specs: Vec<ObsSpec>,
-    /// Columns left out, with the reason.
-    left_out: Vec<(String, String)>,
-}
-
-impl ObsChoice {
-    fn add(&mut self, obs: &Frame, wanted: &[String]) -> Result<()> {
-        if !wanted.is_empty() {
-            for name in wanted {
-                let column = obs.column(name).map_err(|e| {
-                    e.next("name one of these with --obs, or leave --obs out to keep all suitable ones")
-                })?;
-                let kind = kind_of(column);
-                match self.specs.iter().find(|s| s.name == *name) {
-                    Some(spec) if spec.kind != kind => {
-                        return Err(Error::input(format!(
-                            "column {name:?} is {kind:?} here and {:?} in an earlier input",
-                            spec.kind
-                        ))
-                        .at(column.place())
-                        .wanted("one kind of values in all inputs")
-                        .next("store it as strings (or numbers) in all files, or leave it out of --obs"));
-                    }
-                    Some(_) => {}
-                    None => self.specs.push(ObsSpec { name: name.clone(), kind }),
-                }
-            }
-            return Ok(());
-        }
-        for column in obs.columns() {
-            match unsuitable(obs, column)? {
-                Some(why) => self.leave_out(&column.name, why),
-                None => {
-                    let kind = kind_of(column);
-                    match self.specs.iter().find(|s| s.name == column.name) {
-                        Some(spec) if spec.kind != kind => {
-                            self.leave_out(&column.name, "numbers in one input and names in another".into())
-                        }
-                        Some(_) => {}
-                        None => self.specs.push(ObsSpec { name: column.name.clone(), kind }),
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn leave_out(&mut self, name: &str, why: String) {
-        if self.left_out.iter().all(|(n, _)| n != name) {
-            self.left_out.push((name.to_string(), why));
-        }
-    }
-
-    fn finish(mut self) -> (Vec<ObsSpec>, Vec<String>) {
-        self.specs.retain(|s| self.left_out.iter().all(|(n, _)| *n != s.name));
-        let notes = self.left_out.into_iter().map(|(name, why)| format!("obs column {name} left out: {why}"));
-        (self.specs, notes.collect())
-    }
-}
-
-fn kind_of(column: &Column) -> ObsKind {
-    if column.is_number() { ObsKind::Numeric } else { ObsKind::Categorical }
-}
-
-/// Why a column is not kept unless asked for.
-fn unsuitable(obs: &Frame, column: &Column) -> Result<Option<String>> {
-    if !column.is_readable() {
-        return Ok(Some("it cannot be read".into()));
-    }
-    let too_many = |n: usize| {
-        format!("more than {MAX_CATEGORIES} distinct values ({n}); --obs {} keeps it", column.name)
-    };
-    if let Some(names) = column.categories() {
-        return Ok((names.len() > MAX_CATEGORIES).then(|| too_many(names.len())));
-    }
-    if column.is_text() {
-        let mut distinct = std::collections::HashSet::new();
-        for (start, rows) in obs.windows() {
-            distinct.extend(obs.read_texts(column, start, rows)?);
-            if distinct.len() > MAX_CATEGORIES {
-                return Ok(Some(too_many(distinct.len())));
-            }
-        }
-    }
-    Ok(None)
 }
 
 /// Some consecutive cells, ranked.
@@ -437,71 +305,95 @@ fn rank(block: &RowBlock, tokenizer: &Tokenizer, values: bool) -> Vec<Ranked> {
     (0..tasks).into_par_iter().map_init(Scratch::default, |scratch, task| one(scratch, task)).collect()
 }
 
-/// Pushes the cells of a block in order; returns how many had no tokens.
-fn push(
-    writer: &mut CorpusWriter,
-    block: &RowBlock,
-    ranked: &[Ranked],
-    obs: &Frame,
-    specs: &[ObsSpec],
-    names: &mut Names<'_>,
-    options: &PackOptions<'_>,
-) -> Result<u64> {
-    let (first, rows) = (block.first, block.rows() as u64);
-    let cell_names = obs.read_texts(obs.index(), first, rows)?;
-    // A column that this input lacks is missing for all its cells.
-    let columns: Vec<Option<(&Column, ColumnValues)>> = specs
-        .iter()
-        .map(|s| match obs.columns().iter().find(|c| c.name == s.name) {
-            Some(column) => Ok(Some((column, obs.read(column, first, rows)?))),
-            None => Ok(None),
-        })
-        .collect::<Result<_>>()?;
-    let mut empty = 0;
-    let mut row = 0usize;
-    let mut values: Vec<ObsValue<'_>> = Vec::with_capacity(specs.len());
-    for part in ranked {
-        let mut from = 0;
-        for (&end, &total) in part.end.iter().zip(&part.total) {
-            let cell = std::mem::replace(&mut from, end)..end;
-            let name = names.unique(cell_names[row].clone());
-            if cell.is_empty() {
-                empty += 1;
-                if options.empty_cells == EmptyCells::Error {
-                    return Err(Error::input("a cell has no gene of the vocabulary")
-                        .at(format!("{}, row {} (from 0), cell {name}", obs.place(), first + row as u64))
-                        .found(format!("a total count of {total}"))
-                        .next("--empty-cells skip leaves such cells out, and counts them"));
+/// Where ranked cells go, in order.
+struct Sink<'a> {
+    writer: CorpusWriter,
+    names: Names,
+    specs: &'a [ObsSpec],
+    options: &'a PackOptions<'a>,
+    /// Cells that each drop rule took.
+    drop_hits: Vec<u64>,
+}
+
+impl Sink<'_> {
+    /// Pushes the cells of a block in order; counts in `report` those without tokens and those left out.
+    fn push(
+        &mut self,
+        block: &RowBlock,
+        ranked: &[Ranked],
+        obs: &Frame,
+        report: &mut FileReport,
+    ) -> Result<()> {
+        let (first, rows) = (block.first, block.rows() as u64);
+        let cell_names = obs.read_texts(obs.index(), first, rows)?;
+        // A column that this input lacks is missing for all its cells.
+        let columns: Vec<Option<(&Column, ColumnValues)>> = self
+            .specs
+            .iter()
+            .map(|s| match obs.columns().iter().find(|c| c.name == s.name) {
+                Some(column) => Ok(Some((column, obs.read(column, first, rows)?))),
+                None => Ok(None),
+            })
+            .collect::<Result<_>>()?;
+        let drops = self
+            .options
+            .drop
+            .iter()
+            .map(|(column, _)| obs.read_texts(obs.column(column)?, first, rows))
+            .collect::<Result<Vec<_>>>()?;
+        let mut row = 0usize;
+        let mut values: Vec<ObsValue<'_>> = Vec::with_capacity(self.specs.len());
+        for part in ranked {
+            let mut from = 0;
+            for (&end, &total) in part.end.iter().zip(&part.total) {
+                let cell = std::mem::replace(&mut from, end)..end;
+                let name = self.names.unique(&cell_names[row]);
+                let dropped =
+                    self.options.drop.iter().zip(&drops).position(|((_, value), texts)| texts[row] == *value);
+                if let Some(rule) = dropped {
+                    self.drop_hits[rule] += 1;
+                    report.dropped += 1;
+                    row += 1;
+                    continue;
                 }
-            }
-            if !cell.is_empty() || options.empty_cells == EmptyCells::Keep {
-                values.clear();
-                values.extend(columns.iter().map(|column| match column {
-                    None => ObsValue::Missing,
-                    Some((_, ColumnValues::Number(v))) if v[row].is_nan() => ObsValue::Missing,
-                    Some((_, ColumnValues::Number(v))) => ObsValue::Number(v[row]),
-                    Some((_, ColumnValues::Text(v))) if v[row].is_empty() => ObsValue::Missing,
-                    Some((_, ColumnValues::Text(v))) => ObsValue::Category(&v[row]),
-                    Some((column, ColumnValues::Codes(v))) => match usize::try_from(v[row]) {
-                        Ok(code) => match column.categories().and_then(|names| names.get(code)) {
-                            Some(name) if !name.is_empty() => ObsValue::Category(name),
-                            _ => ObsValue::Missing,
+                if cell.is_empty() {
+                    report.empty += 1;
+                    if self.options.empty_cells == EmptyCells::Error {
+                        return Err(Error::input("a cell has no gene of the vocabulary")
+                            .at(format!("{}, row {} (from 0), cell {name}", obs.place(), first + row as u64))
+                            .found(format!("a total count of {total}"))
+                            .next("--empty-cells skip leaves such cells out, and counts them"));
+                    }
+                }
+                if !cell.is_empty() || self.options.empty_cells == EmptyCells::Keep {
+                    values.clear();
+                    values.extend(columns.iter().map(|column| match column {
+                        None => ObsValue::Missing,
+                        Some((_, ColumnValues::Number(v))) if v[row].is_nan() => ObsValue::Missing,
+                        Some((_, ColumnValues::Number(v))) => ObsValue::Number(v[row]),
+                        Some((_, ColumnValues::Text(v))) if v[row].is_empty() => ObsValue::Missing,
+                        Some((_, ColumnValues::Text(v))) => ObsValue::Category(&v[row]),
+                        Some((column, ColumnValues::Codes(v))) => match usize::try_from(v[row]) {
+                            Ok(code) => match column.categories().and_then(|names| names.get(code)) {
+                                Some(name) if !name.is_empty() => ObsValue::Category(name),
+                                _ => ObsValue::Missing,
+                            },
+                            Err(_) => ObsValue::Missing,
                         },
-                        Err(_) => ObsValue::Missing,
-                    },
-                }));
-                writer.push(&CellRecord {
-                    id: &name,
-                    gene: &part.gene[cell.clone()],
-                    value: options.values.then(|| &part.value[cell]),
-                    total_count: total,
-                    obs: &values,
-                })?;
+                    }));
+                    self.writer.push(&CellRecord {
+                        id: &name,
+                        gene: &part.gene[cell.clone()],
+                        value: self.options.values.then(|| &part.value[cell]),
+                        total_count: total,
+                        obs: &values,
+                    })?;
+                }
+                row += 1;
             }
-            row += 1;
         }
+        Ok(())
     }
-    Ok(empty)
 }
 
 /// sha256 of a file, hexadecimal.

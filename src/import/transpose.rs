@@ -5,7 +5,8 @@
 //! to one temporary file per bucket, front to back, and each bucket is then read and scattered. Columns come in ascending order,
 //! so every row comes out sorted. Temporary files are unlinked as soon as they are open: no crash leaves one behind.
 
-use super::matrix::{Matrix, Parts, Pass, RowBlock, Stream, decode_index};
+use super::compressed::{Compressed, Stream, decode_index};
+use super::matrix::{Matrix, Pass, RowBlock};
 use crate::error::{Error, Result};
 use std::io::{BufReader, BufWriter, Read, Seek, Write};
 
@@ -80,16 +81,19 @@ impl Bucket {
 /// Hands out the rows of a column-compressed matrix in order.
 pub(super) fn stream(
     matrix: &Matrix,
-    parts: Parts<'_>,
+    parts: &Compressed,
     pass: &Pass<'_>,
     each: &mut dyn FnMut(&RowBlock) -> Result<()>,
 ) -> Result<()> {
     let (rows, columns) = (matrix.rows(), matrix.columns());
-    let offsets = parts.offsets(matrix.place(), columns, rows)?;
+    let offsets = parts.all_offsets(matrix.place(), columns, rows)?;
     let mut row_entries =
         vec![0u32; usize::try_from(rows).map_err(|_| Error::input("too many rows").at(matrix.place()))?];
-    let indices =
-        || Stream::new(parts.indices, parts.entries, |raw, out| decode_index(parts.index_type, raw, out));
+    let indices = || {
+        Stream::new(parts.indices.as_ref(), parts.entries, |raw, out| {
+            decode_index(parts.index_type, raw, out)
+        })
+    };
     let windows =
         || (0..parts.entries).step_by(WINDOW as usize).map(|from| (from, (from + WINDOW).min(parts.entries)));
     let mut stream = indices();
@@ -128,7 +132,7 @@ pub(super) fn stream(
     let for_each_entry = |put: &mut dyn FnMut(u64, u32, f64) -> Result<()>| -> Result<()> {
         let mut indices = indices();
         let mut data =
-            Stream::new(parts.data, parts.entries, |raw, out| parts.data_type.decode_f64(raw, out));
+            Stream::new(parts.data.as_ref(), parts.entries, |raw, out| parts.data_type.decode_f64(raw, out));
         let mut column = 0usize;
         for (from, to) in windows() {
             let (a, b) = rayon::join(|| data.take(from, to), || indices.take(from, to));
