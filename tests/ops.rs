@@ -720,3 +720,50 @@ fn rounding_copies_all_weights() {
     let want: Vec<bf16> = w.iter().map(|w| bf16::from_f32(*w)).collect();
     assert_same_bits("copy", &copy.read(), &want);
 }
+
+/// Five clipped steps against torch.optim.AdamW (scripts/golden/make_adamw.py).
+#[test]
+fn adamw_equals_torch() {
+    let golden: serde_json::Value = serde_json::from_str(include_str!("golden/adamw.json")).unwrap();
+    let number = |name: &str| golden[name].as_f64().unwrap() as f32;
+    let list =
+        |v: &serde_json::Value| v.as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect::<Vec<_>>();
+    let narrow = |v: &serde_json::Value| list(v).iter().map(|x| *x as f32).collect::<Vec<_>>();
+    let dev = &Cpu;
+    let start = narrow(&golden["start"]);
+    let mut w = input(dev, &start);
+    let (mut m, mut v) = (input(dev, &vec![0.0f32; start.len()]), input(dev, &vec![0.0f32; start.len()]));
+    for (i, grad) in golden["grads"].as_array().unwrap().iter().enumerate() {
+        let g = input(dev, &narrow(grad));
+        let mut scalars = input(dev, &[0.0f64]);
+        reduce::sum_squares(dev, g.buf(), start.len(), scalars.buf_mut(), 0).unwrap();
+        let hyper = adamw::Hyper {
+            learning_rate: number("learning_rate"),
+            beta1: number("beta1"),
+            beta2: number("beta2"),
+            eps: number("eps"),
+            weight_decay: number("weight_decay"),
+            step: i as u32 + 1,
+            max_norm: number("max_norm"),
+            norm_slot: 0,
+        };
+        let state = adamw::State::<Cpu, f32> {
+            weight: w.buf_mut(),
+            grad: g.buf(),
+            m: m.buf_mut(),
+            v: v.buf_mut(),
+            copy: None,
+            scalars: scalars.buf(),
+        };
+        adamw::step(dev, 0..start.len(), hyper, state).unwrap();
+        assert_close(
+            &format!("weights after step {}", i + 1),
+            &w.read(),
+            &list(&golden["weights"][i]),
+            1e-7,
+            1e-6,
+        );
+    }
+    assert_close("m", &m.read(), &list(&golden["m"]), 1e-8, 1e-5);
+    assert_close("v", &v.read(), &list(&golden["v"]), 1e-10, 1e-5);
+}
