@@ -1,7 +1,7 @@
 //! The anchor on the CPU (formulas: [`crate::ops::anchor`]).
 
-use super::normalize::lane_sum;
 use super::{Buf, Cpu};
+use crate::cpu::simd::sum_by;
 use crate::error::Result;
 use crate::ops::anchor::{Anchor, Dims};
 use rayon::prelude::*;
@@ -28,7 +28,7 @@ impl Anchor for Cpu {
         parts.for_each(|(((dz, loss), z), z0)| {
             let rows = dz.chunks_exact_mut(width).zip(loss);
             for (((dz, loss), z), z0) in rows.zip(z.chunks_exact(width)).zip(z0.chunks_exact(width)) {
-                *loss = (1.0 - lane_sum(width, |i| z[i] * z0[i])) as f32;
+                *loss = 1.0 - sum_by(width, |i| z[i] * z0[i]);
                 dz.iter_mut().zip(z0).for_each(|(dz, z0)| *dz -= scale * z0);
             }
         });

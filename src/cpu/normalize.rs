@@ -1,29 +1,13 @@
-//! Unit rows on the CPU (formulas: [`crate::ops::normalize`]). A row is one task's; its sums run in 16 lanes of f32 that are
-//! combined in f64, in a fixed order.
+//! Unit rows on the CPU (formulas: [`crate::ops::normalize`]). A row is one task's.
 
 use super::{Buf, Cpu};
+use crate::cpu::simd::sum_by;
 use crate::error::Result;
 use crate::ops::normalize::{Dims, Normalize};
 use rayon::prelude::*;
 
 /// Rows a task takes: enough work to be worth handing over.
 const ROWS_PER_TASK: usize = 64;
-
-/// Σ f(i), 16 running sums, combined in f64.
-#[inline(always)]
-pub(super) fn lane_sum(n: usize, f: impl Fn(usize) -> f32) -> f64 {
-    let mut lanes = [0.0f32; 16];
-    let whole = n - n % 16;
-    for i in (0..whole).step_by(16) {
-        for (j, lane) in lanes.iter_mut().enumerate() {
-            *lane += f(i + j);
-        }
-    }
-    for (i, lane) in (whole..n).zip(&mut lanes) {
-        *lane += f(i);
-    }
-    lanes.iter().map(|x| *x as f64).sum()
-}
 
 impl Normalize for Cpu {
     fn normalize_forward(
@@ -46,9 +30,13 @@ impl Normalize for Cpu {
                     Some(c) => z.iter_mut().zip(h).zip(&c[..width]).for_each(|((z, h), c)| *z = h - c),
                     None => z.copy_from_slice(h),
                 }
-                let square = lane_sum(width, |i| z[i] * z[i]);
-                // A square that overflows or a NaN must not turn into a unit row.
-                let r = if square < 1e-24 { 1e12 } else { (1.0 / square.sqrt()) as f32 };
+                let square = sum_by(width, |i| z[i] * z[i]);
+                let r = match square {
+                    s if s < 1e-24 => 1e12,
+                    s if s.is_finite() => 1.0 / s.sqrt(),
+                    // A square that overflows must not pass for a row of zeros.
+                    _ => f32::NAN,
+                };
                 z.iter_mut().for_each(|z| *z *= r);
                 *inverse = r;
             }
@@ -75,7 +63,7 @@ impl Normalize for Cpu {
         parts.for_each(|(((dh, inverse), z), dz)| {
             let rows = dh.chunks_exact_mut(width).zip(inverse);
             for (((dh, r), z), dz) in rows.zip(z.chunks_exact(width)).zip(dz.chunks_exact(width)) {
-                let dot = lane_sum(width, |i| dz[i] * z[i]) as f32;
+                let dot = sum_by(width, |i| dz[i] * z[i]);
                 for ((dh, z), dz) in dh.iter_mut().zip(z).zip(dz) {
                     let d = r * (dz - dot * z);
                     *dh = if accumulate { *dh + d } else { d };

@@ -2,8 +2,8 @@
 //! others, its loss and its gradient. P is at most a few thousand, so each pair's cosine is computed twice rather than
 //! shared between tasks.
 
-use super::normalize::lane_sum;
 use super::{Buf, Cpu};
+use crate::cpu::simd::sum_by;
 use crate::error::Result;
 use crate::ops::structure::{Dims, Structure};
 use rayon::prelude::*;
@@ -33,7 +33,7 @@ impl Structure for Cpu {
                     continue;
                 }
                 let wanted = c0 + (c1 - c0) * jaccard[k * n + l];
-                let excess = lane_sum(width, |i| own[i] * other[i]) as f32 - wanted;
+                let excess = sum_by(width, |i| own[i] * other[i]) - wanted;
                 total += excess as f64 * excess as f64;
                 let factor = scale * 4.0 / pairs * excess;
                 dp.iter_mut().zip(other).for_each(|(dp, p)| *dp += factor * p);

@@ -218,6 +218,6 @@ pub(super) fn inside(k: usize, first: usize, columns: usize) -> Option<usize> {
 
 /// scale · x + bias with the very rounding of the kernels' `finish`, so that a lone column's loss is exactly 0.
 pub(super) fn logit(kernels: &Kernels, x: f32, scale: f32, bias: f32) -> f32 {
-    let s = if kernels.name == "plain" { x * scale + bias } else { x.mul_add(scale, bias) };
+    let s = if kernels.fused { x.mul_add(scale, bias) } else { x * scale + bias };
     if s < EXCLUDED { EXCLUDED } else { s }
 }
