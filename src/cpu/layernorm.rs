@@ -62,7 +62,8 @@ vectorized! {
 /// `dsum = rstd · (g - mean(g) - n · mean(g·n))` with g = dy·weight, n = (sum - mean)·rstd, and the row's share of the
 /// parameter gradients. `n` and `g` are (D) scratch; `n` holds dsum afterwards.
 #[inline(always)]
-pub(super) fn backward_row<A: Act>(
+#[allow(clippy::too_many_arguments)] // a kernel's argument list
+fn backward_row<A: Act>(
     dy: impl Fn(usize) -> f32,
     sum: impl Fn(usize) -> f32,
     mean: f32,

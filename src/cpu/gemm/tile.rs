@@ -114,9 +114,9 @@ unsafe fn avx512<const V: usize, const STRIDE: usize>(
                 }
             }
         }
-        for r in 0..TILE_ROWS {
-            for v in 0..V {
-                _mm512_storeu_ps(tile.0[r].as_mut_ptr().add(v * 16), sum[r][v]);
+        for (row, sum) in tile.0.iter_mut().zip(sum) {
+            for (v, sum) in sum.into_iter().enumerate() {
+                _mm512_storeu_ps(row.as_mut_ptr().add(v * 16), sum);
             }
         }
     }
@@ -147,9 +147,9 @@ unsafe fn avx512_bf16<const V: usize, const STRIDE: usize>(
                 }
             }
         }
-        for r in 0..TILE_ROWS {
-            for v in 0..V {
-                _mm512_storeu_ps(tile.0[r].as_mut_ptr().add(v * 16), sum[r][v]);
+        for (row, sum) in tile.0.iter_mut().zip(sum) {
+            for (v, sum) in sum.into_iter().enumerate() {
+                _mm512_storeu_ps(row.as_mut_ptr().add(v * 16), sum);
             }
         }
     }
@@ -166,7 +166,7 @@ unsafe fn plain<const V: usize, const STRIDE: usize, const FUSED: bool>(
     b: *const u32,
     tile: &mut Tile,
 ) {
-    for (quarter, a) in a.chunks_exact(4).enumerate() {
+    for (half, a) in a.chunks_exact(4).enumerate() {
         for v in 0..V {
             let mut sum = [[0.0f32; 16]; 4];
             for s in 0..steps {
@@ -181,8 +181,8 @@ unsafe fn plain<const V: usize, const STRIDE: usize, const FUSED: bool>(
                     }
                 }
             }
-            for r in 0..4 {
-                tile.0[quarter * 4 + r][v * 16..][..16].copy_from_slice(&sum[r]);
+            for (row, sum) in tile.0[half * 4..].iter_mut().zip(&sum) {
+                row[v * 16..][..16].copy_from_slice(sum);
             }
         }
     }
