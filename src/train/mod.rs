@@ -18,6 +18,7 @@ pub mod folder;
 pub mod inputs;
 pub mod observer;
 pub mod optimizer;
+pub mod plan;
 pub mod pretrain;
 pub mod record;
 pub mod refine;
