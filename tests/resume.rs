@@ -109,6 +109,7 @@ fn log(out: &Path) -> Vec<serde_json::Value> {
         "tokens_per_s",
         "gflop_per_s",
         "fraction_of_peak",
+        "peak_gflop_per_s",
         "host_memory_bytes",
     ];
     jsonl::read(&out.join("metrics.jsonl"))
@@ -118,7 +119,6 @@ fn log(out: &Path) -> Vec<serde_json::Value> {
             clock.iter().for_each(|name| {
                 line.as_object_mut().unwrap().remove(*name);
             });
-            // Counts since the last record: a stop cuts an interval in two when not every step is logged.
             line
         })
         .collect()

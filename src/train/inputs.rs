@@ -89,8 +89,6 @@ pub struct Opened {
     pub settings: Settings,
     /// The division of the cells.
     pub split: Split,
-    /// The run folder, locked.
-    pub folder: RunFolder,
 }
 
 /// Opens the inputs of `stage`. `default_rule` divides the cells where neither flags nor an older run say how.
@@ -123,19 +121,27 @@ pub fn open(
     let settings = effective(stage, inputs, &config, resume.is_some())?;
     settings.model.apply_to(&mut config, start.is_some())?;
     let split = divide(&corpus, inputs, &settings, default_rule, resume.is_some(), observer)?;
-    let folder = RunFolder::open(&inputs.out)?;
-    if resume.is_none() {
-        folder.clear()?;
-        let text = toml::to_string_pretty(&settings).map_err(|e| Error::bug(format!("settings: {e}")))?;
-        write_atomically(&inputs.out.join(SETTINGS), text.as_bytes())?;
-        let record = serde_json::to_string_pretty(&split.record()).map_err(|e| Error::bug(e.to_string()))?;
-        write_atomically(&inputs.out.join(SPLIT), format!("{record}\n").as_bytes())?;
-        split.write_tsv(&corpus, &inputs.out.join("split.tsv"))?;
-    }
-    Ok(Opened { corpus, vocab, vocab_file, config, start, resume, settings, split, folder })
+    Ok(Opened { corpus, vocab, vocab_file, config, start, resume, settings, split })
 }
 
 impl Opened {
+    /// Takes the run folder: locks it and, for a new run, clears it and writes settings and split. The last thing before
+    /// training, so that bad input leaves nothing behind.
+    pub fn claim(&self, out: &Path) -> Result<RunFolder> {
+        let folder = RunFolder::open(out)?;
+        if self.resume.is_none() {
+            folder.clear()?;
+            let text =
+                toml::to_string_pretty(&self.settings).map_err(|e| Error::bug(format!("settings: {e}")))?;
+            write_atomically(&out.join(SETTINGS), text.as_bytes())?;
+            let record =
+                serde_json::to_string_pretty(&self.split.record()).map_err(|e| Error::bug(e.to_string()))?;
+            write_atomically(&out.join(SPLIT), format!("{record}\n").as_bytes())?;
+            self.split.write_tsv(&self.corpus, &out.join("split.tsv"))?;
+        }
+        Ok(folder)
+    }
+
     /// What a resumed run must meet again, besides the settings.
     pub fn identity(&self, stage: Stage, more: Value) -> Result<Value> {
         let record = serde_json::to_value(self.split.record()).map_err(|e| Error::bug(e.to_string()))?;

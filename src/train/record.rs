@@ -68,7 +68,10 @@ impl StepRecord {
             ("bad_steps", self.bad_steps as f64),
             ("host_memory_bytes", self.host_memory_bytes as f64),
         ]);
-        all.extend(self.fraction_of_peak.map(|f| ("fraction_of_peak", f)));
+        if let Some(fraction) = self.fraction_of_peak {
+            all.push(("fraction_of_peak", fraction));
+            all.push(("peak_gflop_per_s", self.gflop_per_s / fraction.max(f64::MIN_POSITIVE)));
+        }
         if let Some(e) = &self.evaluation {
             all.push((e.measure, e.value));
             all.extend(&e.others);

@@ -10,7 +10,7 @@ use super::refine::{Parts, Truth};
 use super::trunk::Trunk;
 use crate::corpus::Corpus;
 use crate::corpus::splits::TrainingCells;
-use crate::device::Act;
+use crate::device::{Act, Device};
 use crate::error::{Error, Result};
 use crate::genes::marker_score::{Standardiser, marker_scores};
 use crate::genes::markers::{MarkerSets, read_marker_map};
@@ -72,7 +72,7 @@ pub fn start<B: Backend<A>, A: Act>(
     training: &TrainingCells<'_>,
     labelled: bool,
     observer: &mut dyn Observer,
-) -> Result<Parts<B>> {
+) -> Result<Started<B>> {
     let (config, settings) = (&opened.settings.objective, &opened.settings);
     let (types, width, cells) = (markers.len(), trunk.config().width, training.cells());
     let labels = match labelled {
@@ -90,8 +90,9 @@ pub fn start<B: Backend<A>, A: Act>(
         false => (None, None),
     };
     let place = inputs.out.join(START);
-    let (teacher, q) = if opened.resume.is_some() {
-        read_start(&place, cells.len(), types, width)?
+    let (teacher, q, rows) = if opened.resume.is_some() {
+        let (teacher, q) = read_start(&place, cells.len(), types, width)?;
+        (teacher, q, None)
     } else {
         observer.note("embedding the training cells with the frozen encoder");
         let rows = trunk.embed(cells)?;
@@ -111,8 +112,7 @@ pub fn start<B: Backend<A>, A: Act>(
             scores: scores.as_deref(),
         };
         let q = prototypes::initial(config, &sources, |sentences| trunk.embed_lists(sentences))?;
-        write_start(&place, &rows, &q, width)?;
-        (teacher, q)
+        (teacher, q, Some(rows))
     };
     let refresh = match config.refresh > 0.0 && config.prototypes == PrototypeMode::Cells {
         true => {
@@ -145,14 +145,33 @@ pub fn start<B: Backend<A>, A: Act>(
         Some(labels) if labelled => Truth::Labels(labels.codes.clone()),
         _ => Truth::Markers(best_types(&opened.corpus, &opened.split.val, markers, standard.as_ref())?),
     };
-    Ok(Parts {
+    let parts = Parts {
         objective,
         training: cells.to_vec(),
         names: markers.names.clone(),
         truth,
         refresh,
         learning_rate: settings.optimizer.prototype_learning_rate,
-    })
+    };
+    Ok(Started { parts, to_write: rows.map(|rows| (rows, q)) })
+}
+
+/// The stage's parts, and what the run folder must keep of them.
+pub struct Started<B: Device> {
+    /// The parts.
+    pub parts: Parts<B>,
+    /// The teacher's embeddings (N, D) and q⁰ (P, D) of a new run.
+    to_write: Option<(Vec<f32>, Vec<f32>)>,
+}
+
+impl<B: Device> Started<B> {
+    /// Writes [`START`] into the run folder, once.
+    pub fn write(&mut self, out: &Path) -> Result<()> {
+        match self.to_write.take() {
+            Some((rows, q)) => write_start(&out.join(START), &rows, &q, q.len() / self.parts.names.len()),
+            None => Ok(()),
+        }
+    }
 }
 
 /// The type of the best marker score of `cells`, at their corpus indices; -1 elsewhere.

@@ -1,9 +1,10 @@
 //! One call per stage: open, build, run. The command line and the demo come through here.
 
 use super::finetune::Finetune;
-use super::folder::sha256_of;
+use super::folder::{RunFolder, sha256_of};
 use super::inputs::{Opened, RunInputs, open};
 use super::observer::Observer;
+use super::peak::matmul_flop_per_s;
 use super::pretrain::Pretrain;
 use super::refine::Refine;
 use super::refine_start::{MarkerInputs, marker_sets, start};
@@ -48,7 +49,8 @@ fn pretrain_on<B: Backend<A>, A: Act>(
     let sampler = Sampler::over(&opened.split.training(), settings.batch.sampling, settings.seed)?;
     let mut trunk = trunk::<B, A>(dev, &opened, |_| true)?;
     let mut task = Pretrain::new(&trunk, &settings.mask, settings.seed)?;
-    finish(Stage::Pretrain, opened, inputs, identity, &mut trunk, &mut task, sampler, observer)
+    let folder = opened.claim(&inputs.out)?;
+    finish(Stage::Pretrain, opened, folder, inputs, identity, &mut trunk, &mut task, sampler, observer)
 }
 
 /// A classifier on a checkpoint.
@@ -96,7 +98,8 @@ fn finetune_on<B: Backend<A>, A: Act>(
     let mut trunk = trunk::<B, A>(dev, &opened, |p| learns_below(p, depth, frozen))?;
     let (learning_rate, seed) = (settings.optimizer.head_learning_rate, settings.seed);
     let mut task = Finetune::new(&trunk, &settings.finetune, labels, &counts, learning_rate, seed)?;
-    finish(Stage::Finetune, opened, inputs, identity, &mut trunk, &mut task, sampler, observer)
+    let folder = opened.claim(&inputs.out)?;
+    finish(Stage::Finetune, opened, folder, inputs, identity, &mut trunk, &mut task, sampler, observer)
 }
 
 /// Prototype-guided post-pretraining of a checkpoint.
@@ -145,7 +148,9 @@ fn refine_on<B: Backend<A>, A: Act>(
         markers.sets.iter().flatten().for_each(|(token, _)| globals[*token as usize] = true);
         trunk.globals = Some(globals);
     }
-    let parts = start(&mut trunk, &opened, inputs, &markers, &training, labelled, observer)?;
+    let mut started = start(&mut trunk, &opened, inputs, &markers, &training, labelled, observer)?;
+    let folder = opened.claim(&inputs.out)?;
+    started.write(&inputs.out)?;
     if opened.resume.is_none() {
         markers.write_gmt(&inputs.out.join("markers.gmt"), &opened.vocab, |_| {
             "as used by this run".to_string()
@@ -156,8 +161,8 @@ fn refine_on<B: Backend<A>, A: Act>(
         json!({"label": inputs.split.label, "types": markers.names, "markers": digest_of(&markers),
             "start": super::refine_start::digest(&inputs.out)?}),
     )?;
-    let mut task = Refine::new(&trunk, parts, &settings.mask)?;
-    finish(Stage::Refine, opened, inputs, identity, &mut trunk, &mut task, sampler, observer)
+    let mut task = Refine::new(&trunk, started.parts, &settings.mask)?;
+    finish(Stage::Refine, opened, folder, inputs, identity, &mut trunk, &mut task, sampler, observer)
 }
 
 /// SHA-256 of marker sets: names, genes and weights.
@@ -202,6 +207,7 @@ fn trunk<B: Backend<A>, A: Act>(
 fn finish<B: Backend<A>, A: Act>(
     stage: Stage,
     opened: Opened,
+    folder: RunFolder,
     inputs: &RunInputs,
     identity: serde_json::Value,
     trunk: &mut Trunk<B, A>,
@@ -215,14 +221,14 @@ fn finish<B: Backend<A>, A: Act>(
     let validation = opened.validation();
     let session = Session {
         stage,
-        folder: opened.folder,
+        folder,
         settings: opened.settings,
         identity,
         vocabulary: Some(opened.vocab_file),
         resume: opened.resume,
         resume_command: inputs.resume_command.clone(),
         validation,
-        peak_flop_per_s: None,
+        peak_flop_per_s: Some(matmul_flop_per_s::<A, B>(&trunk.dev)?),
         observer,
     };
     run(session, trunk, task, sampler)
