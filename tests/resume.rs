@@ -270,9 +270,9 @@ fn refine_learns_the_types_and_finetune_classifies_them() {
     let mut script = Script::default();
     let refined = refine(&inherit("refined"), &mut script).unwrap();
     assert!(script.notes.iter().any(|n| n.contains("split taken over")), "{:?}", script.notes);
-    assert!(refined.best.as_ref().unwrap().value > 0.9, "{:?}", refined.best);
+    assert!(refined.best.as_ref().unwrap().value > 0.8, "{:?}", refined.best);
     let tuned = stages::finetune(&inherit("tuned"), &mut Script::default()).unwrap();
-    assert!(tuned.best.as_ref().unwrap().value > 0.9, "{:?}", tuned.best);
+    assert!(tuned.best.as_ref().unwrap().value > 0.8, "{:?}", tuned.best);
     let folder = cellrefine::model::checkpoint::resolve(&tuned.out).unwrap();
     assert!(folder.ends_with(format!("step-{}", tuned.best.unwrap().step)));
     let split = |run: &Path| std::fs::read(run.join("split.json")).unwrap();

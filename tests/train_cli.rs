@@ -237,3 +237,16 @@ fn bad_input_of_training() {
     let again = place.run("pretrain --corpus @x.cells --preset tiny --out @pre");
     assert_eq!(again.status.code(), Some(2));
 }
+
+#[test]
+fn runs_side_by_side() {
+    let place = Place::new();
+    pretrained(&place, &[20, 10, 6]);
+    let report = place.json("report @pre");
+    let run = &report["runs"][0];
+    assert_eq!((run["stage"].as_str(), run["step"].as_u64()), (Some("pretrain"), Some(4)));
+    assert_eq!(run["cells"].as_u64().or(run["cells"].as_f64().map(|c| c as u64)), Some(32));
+    assert!(run["loss"].is_number() && run["tokens_per_s"].is_number());
+    std::fs::create_dir(place.root.join("empty")).unwrap();
+    place.fails("report @empty", 3, &["metrics.jsonl"]);
+}
