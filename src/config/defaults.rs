@@ -32,20 +32,14 @@ impl Stage {
 
 /// Peak learning rates (encoder, classifier, prototypes) of a stage at a width.
 fn learning_rates(stage: Stage, width: usize) -> (f64, f64, f64) {
-    let encoder = match (stage, width) {
-        (Stage::Pretrain, ..=256) => 1e-3,
-        (Stage::Pretrain, ..=512) => 5e-4,
-        (Stage::Pretrain, _) => 2e-4,
-        (_, ..=128) => 2e-3,
-        (_, ..=256) => 1e-3,
-        (_, ..=512) => 1e-4,
-        (_, _) => 5e-5,
+    // Column of the tables below: up to 128, 256, 512, wider.
+    let size = [128, 256, 512].iter().filter(|limit| width > **limit).count();
+    let encoder = match stage {
+        Stage::Pretrain => [1e-3, 1e-3, 5e-4, 2e-4],
+        Stage::Refine | Stage::Finetune => [2e-3, 1e-3, 1e-4, 5e-5],
     };
-    match width {
-        ..=128 => (encoder, 1e-2, 5e-3),
-        ..=256 => (encoder, 5e-3, 5e-3),
-        _ => (encoder, 1e-3, 1e-3),
-    }
+    let (classifier, prototypes) = ([1e-2, 5e-3, 1e-3, 1e-3], [5e-3, 5e-3, 1e-3, 1e-3]);
+    (encoder[size], classifier[size], prototypes[size])
 }
 
 /// Epochs and share of warm-up.

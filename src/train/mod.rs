@@ -28,10 +28,11 @@ pub mod run;
 pub mod schedule;
 pub mod stages;
 pub mod state;
+pub mod summary;
 pub mod task;
 pub mod trunk;
 
 pub use inputs::{Resume, RunInputs, SplitFlags};
 pub use observer::{Flow, Observer, Unwatched};
 pub use refine_start::MarkerInputs;
-pub use run::RunSummary;
+pub use summary::RunSummary;

@@ -9,6 +9,7 @@ use super::optimizer::{Group, squared_norm, update};
 use super::record::{Meter, Writers};
 use super::schedule::Schedule;
 use super::state::{Best, LoopState, read_moments, write_moments};
+use super::summary::RunSummary;
 use super::task::{Evaluation, Loss, Task};
 use super::trunk::{Draw, Trunk, work};
 use crate::config::{Settings, Stage};
@@ -44,70 +45,6 @@ pub struct Session<'a> {
     pub peak_flop_per_s: Option<f64>,
     /// Who watches.
     pub observer: &'a mut dyn Observer,
-}
-
-/// What a run came to.
-#[derive(Debug, Clone, PartialEq)]
-pub struct RunSummary {
-    /// Stage.
-    pub stage: Stage,
-    /// Run folder.
-    pub out: PathBuf,
-    /// The last checkpoint.
-    pub checkpoint: PathBuf,
-    /// The best checkpoint on the validation cells, where there are some.
-    pub best: Option<Best>,
-    /// Steps made.
-    pub steps: u64,
-    /// Steps skipped for a NaN or an infinity.
-    pub bad_steps: u64,
-    /// Loss of the last logged step.
-    pub loss: Loss,
-    /// Measures of the last evaluation.
-    pub evaluation: Option<Evaluation>,
-    /// Seconds of training.
-    pub seconds: f64,
-    /// Mean over the run (since a resume).
-    pub cells_per_s: f64,
-    /// Real tokens, padding does not exist.
-    pub tokens_per_s: f64,
-}
-
-impl RunSummary {
-    /// As printed under `--json`.
-    pub fn to_json(&self) -> Value {
-        let terms: serde_json::Map<_, _> =
-            self.loss.terms.iter().map(|(n, v)| (n.to_string(), json!(v))).collect();
-        let evaluation = self.evaluation.as_ref().map(|e| {
-            let mut all = vec![(e.measure, e.value)];
-            all.extend(&e.others);
-            all.into_iter().map(|(n, v)| (n.to_string(), json!(v))).collect::<serde_json::Map<_, _>>()
-        });
-        json!({"stage": self.stage, "out": self.out, "checkpoint": self.checkpoint, "best": self.best,
-            "steps": self.steps, "bad_steps": self.bad_steps, "loss": self.loss.total, "terms": terms,
-            "evaluation": evaluation, "seconds": self.seconds, "cells_per_s": self.cells_per_s,
-            "tokens_per_s": self.tokens_per_s})
-    }
-
-    /// A few lines for people.
-    pub fn to_text(&self) -> String {
-        let mut text = format!(
-            "{}: {} steps in {:.1} s, loss {:.4}, {:.0} cells/s, {:.0} tokens/s\n",
-            self.stage.name(),
-            self.steps,
-            self.seconds,
-            self.loss.total,
-            self.cells_per_s,
-            self.tokens_per_s
-        );
-        if let Some(e) = &self.evaluation {
-            text += &format!("validation: {} {:.4}\n", e.measure, e.value);
-        }
-        if self.bad_steps > 0 {
-            text += &format!("{} steps skipped: NaN or infinity in the gradient\n", self.bad_steps);
-        }
-        text + &format!("run: {}\n", self.out.display())
-    }
 }
 
 /// Steps of a run over `epoch_len` cells per epoch.
@@ -202,8 +139,9 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
         let last = step == self.state.steps;
         let epoch_ends = self.loader.state().is_some_and(|s| s.epoch > self.state.sampler.epoch);
         let evaluates = !self.session.validation.is_empty()
-            && (last || if train.eval_every > 0 { step % train.eval_every == 0 } else { epoch_ends });
-        let logs = last || evaluates || step == 1 || step % train.log_every == 0;
+            && (last
+                || if train.eval_every > 0 { step.is_multiple_of(train.eval_every) } else { epoch_ends });
+        let logs = last || evaluates || step == 1 || step.is_multiple_of(train.log_every);
 
         let (loss, work) = self.gradients(&batches, logs)?;
         if self.session.observer.poisons(step) {
@@ -328,7 +266,6 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
             };
             update::<A, B>(&trunk.dev, optimizer, t, accumulated, group, &trunk.scalars)?;
         }
-        drop(own);
         self.state.updates += 1;
         Ok(norm)
     }
@@ -458,7 +395,7 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
 }
 
 fn train_due(every: u64, step: u64) -> bool {
-    every > 0 && step % every == 0
+    every > 0 && step.is_multiple_of(every)
 }
 
 fn save_moments<B: Backend<A>, A: Act>(
