@@ -119,7 +119,7 @@ mod tests {
         let phi = spread_temperatures(&teacher, &[0.0, 0.0], &class, &p, 0.07);
         assert!(phi[1] > 2.0 * phi[0] && phi[2] >= phi[1], "{phi:?}");
         assert!((phi.iter().sum::<f32>() / 3.0 - 0.07).abs() < 1e-6);
-        let none = spread_temperatures(&teacher, &[0.0, 0.0], &vec![-1; 40], &p, 0.07);
+        let none = spread_temperatures(&teacher, &[0.0, 0.0], &[-1; 40], &p, 0.07);
         assert_eq!(none, [0.07; 3]);
     }
 }

@@ -24,6 +24,7 @@
 //! ```
 //! `cells` are rows of the teacher's table and of the targets. A weight of 0 skips its term's work.
 
+mod buffers;
 mod config;
 pub mod imbalance;
 pub mod prototype_file;

@@ -24,7 +24,7 @@ impl Teacher {
         self.rows.reserve(h.len());
         for (i, row) in h.chunks_exact(self.width).enumerate() {
             for (sum, x) in self.sum.iter_mut().zip(row) {
-                if !(x.abs() < 65_504.0) {
+                if x.is_nan() || x.abs() >= 65_504.0 {
                     return Err(Error::numerical("the frozen encoder's embedding of a cell is not usable")
                         .at(format!("training cell {}", self.rows.len() / self.width + i))
                         .found(x)

@@ -10,6 +10,7 @@
 //! dz and dp are sums over the terms; one normalisation backward each turns them into dh and dq. The first two terms are
 //! the same streaming op, [`prototype_loss`]; in the second, cells are rows and columns, so both its passes add to dz.
 
+use super::buffers::{Cells, Prototypes, Staging};
 use super::{CellTargets, ObjectiveConfig, Teacher, imbalance, targets};
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -51,54 +52,6 @@ pub struct Start<'a> {
     pub targets: CellTargets,
 }
 
-/// Buffers over prototypes. P types, D wide.
-struct Prototypes<B: Device> {
-    q: B::Buf<f32>,            // (P, D) parameter
-    dq: B::Buf<f32>,           // (P, D)
-    p: B::Buf<f32>,            // (P, D)
-    dp: B::Buf<f32>,           // (P, D)
-    start: B::Buf<f32>,        // (P, D) p⁰
-    inverse_norm: B::Buf<f32>, // (P)
-    loss: B::Buf<f32>,         // (P)
-    scale: B::Buf<f32>,        // (P) 1/τ_k
-    bias: B::Buf<f32>,         // (P)
-    margin: B::Buf<f32>,       // (P)
-    jaccard: B::Buf<f32>,      // (P, P)
-    overlap: B::Buf<f32>,      // (P, P)
-}
-
-/// Buffers over the cells of a logical batch. At most C cells.
-struct Cells<B: Device> {
-    z: B::Buf<f32>,            // (C, D)
-    dz: B::Buf<f32>,           // (C, D)
-    teacher_h: B::Buf<f32>,    // (C, D)
-    teacher_z: B::Buf<f32>,    // (C, D)
-    inverse_norm: B::Buf<f32>, // (C)
-    teacher_lse: B::Buf<f32>,  // (C)
-    loss: B::Buf<f32>,         // (C)
-    lse: B::Buf<f32>,          // (C)
-    row_weight: B::Buf<f32>,   // (C)
-    column: B::Buf<i32>,       // (C, entries)
-    mass: B::Buf<f32>,         // (C, entries)
-    label: B::Buf<i32>,        // (C)
-    scale: B::Buf<f32>,        // (C) 1/τ_c
-    bias: B::Buf<f32>,         // (C)
-    same_bias: B::Buf<f32>,    // (C)
-}
-
-/// Host copies of what a batch uploads; kept to spare allocations.
-#[derive(Default)]
-struct Staging {
-    teacher_h: Vec<f32>,
-    row_weight: Vec<f32>,
-    column: Vec<i32>,
-    mass: Vec<f32>,
-    label: Vec<i32>,
-    bias: Vec<f32>,
-    same_bias: Vec<f32>,
-    count: Vec<u32>,
-}
-
 /// The refine objective over device `B`: prototypes, targets, teacher and the terms' buffers.
 pub struct Objective<B: Device> {
     config: ObjectiveConfig,
@@ -131,58 +84,19 @@ impl<B: Device> Objective<B> {
             return Err(Error::bug("objective: no types, width or target entries")
                 .found(format!("{types} × {width}, {entries} entries")));
         }
-        let (p, c, l) = (types, cells, &mut *ledger);
-        let pd =
-            |l: &mut Ledger<'_, B>, name: &str| l.zeros(format!("objective.{name}"), "(P, D)", p * width);
-        let p1 = |l: &mut Ledger<'_, B>, name: &str| l.zeros(format!("objective.{name}"), "(P)", p);
-        let pp = |l: &mut Ledger<'_, B>, name: &str| l.zeros(format!("objective.{name}"), "(P, P)", p * p);
-        let prototypes = Prototypes {
-            q: pd(l, "prototype")?,
-            dq: pd(l, "dprototype")?,
-            p: pd(l, "p")?,
-            dp: pd(l, "dp")?,
-            start: pd(l, "p_start")?,
-            inverse_norm: p1(l, "p_inverse_norm")?,
-            loss: p1(l, "p_loss")?,
-            scale: p1(l, "p_scale")?,
-            bias: p1(l, "p_bias")?,
-            margin: p1(l, "p_margin")?,
-            jaccard: pp(l, "jaccard")?,
-            overlap: pp(l, "overlap")?,
-        };
-        let cd =
-            |l: &mut Ledger<'_, B>, name: &str| l.zeros(format!("objective.{name}"), "(C, D)", c * width);
-        let c1 = |l: &mut Ledger<'_, B>, name: &str| l.zeros(format!("objective.{name}"), "(C)", c);
-        let cells = Cells {
-            z: cd(l, "z")?,
-            dz: cd(l, "dz")?,
-            teacher_h: cd(l, "teacher_h")?,
-            teacher_z: cd(l, "teacher_z")?,
-            inverse_norm: c1(l, "z_inverse_norm")?,
-            teacher_lse: c1(l, "teacher_lse")?,
-            loss: c1(l, "loss")?,
-            lse: c1(l, "lse")?,
-            row_weight: c1(l, "row_weight")?,
-            column: l.zeros("objective.target", "(C, entries)", c * entries)?,
-            mass: l.zeros("objective.target_mass", "(C, entries)", c * entries)?,
-            label: l.zeros("objective.label", "(C)", c)?,
-            scale: c1(l, "contrast_scale")?,
-            bias: c1(l, "contrast_bias")?,
-            same_bias: c1(l, "contrast_same_bias")?,
-        };
         Ok(Objective {
-            center: l.zeros("objective.center", "(D)", width)?,
+            center: ledger.zeros("objective.center", "(D)", width)?,
+            prototypes: Prototypes::planned(ledger, types, width)?,
+            cells: Cells::planned(ledger, cells, width, entries)?,
             class_weight: vec![1.0; types],
             teacher: Teacher::new(width),
             targets: CellTargets::new(&[], None, types, &config)?,
             staging: Staging::default(),
-            capacity: c,
+            capacity: cells,
             config,
             types,
             width,
             entries,
-            prototypes,
-            cells,
         })
     }
 

@@ -10,3 +10,4 @@ pub mod close;
 pub mod guarded;
 pub mod naive;
 pub mod network;
+pub mod softmax;

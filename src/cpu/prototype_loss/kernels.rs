@@ -247,6 +247,9 @@ unsafe fn column_sums<V: Vector>(t: Tile, out: &mut [f32]) {
     }
 }
 
+/// (tile, scale, max, sum, shrink): see [`online`].
+type Online = unsafe fn(Tile, &[f32], &mut [f32], &mut [f32], &mut [f32]);
+
 /// The inner loops compiled for one instruction set. All are unsafe: the caller answers for pointers and sizes.
 pub(super) struct Kernels {
     /// Whether `mul_add` rounds once.
@@ -256,7 +259,7 @@ pub(super) struct Kernels {
     /// See [`finish`].
     pub finish: unsafe fn(Tile, &[f32], &[f32]),
     /// See [`online`].
-    pub online: unsafe fn(Tile, &[f32], &mut [f32], &mut [f32], &mut [f32]),
+    pub online: Online,
     /// See [`gradient`].
     pub gradient: unsafe fn(Tile, Option<*const f32>, &[f32], &[f32]),
     /// See [`add_softmax`].
