@@ -83,8 +83,8 @@ impl Draws {
             for v in 0..N {
                 // SAFETY: the caller vouches for the instruction set.
                 let drawn = unsafe { self.keys::<V>(key / 8, v) };
-                for t in 0..step.min(block.count - group) {
-                    bits[group + t][v] = drawn[(key as usize + t) % 8];
+                for (t, bits) in bits[group..block.count].iter_mut().take(step).enumerate() {
+                    bits[v] = drawn[(key as usize + t) % 8];
                 }
             }
         }

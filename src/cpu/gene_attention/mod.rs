@@ -23,12 +23,10 @@ use rayon::prelude::*;
 const TILE: usize = 48;
 /// Keys of a block: Sᵀ (64, 48) is 12 KiB of the 32 KiB first-level cache.
 const BLOCK: usize = 64;
-/// Queries of a forward item: K and V are packed once for 8 tiles, below 1 % of their arithmetic.
-const FORWARD_ITEM: usize = 8 * TILE;
-/// Queries that make a further backward chunk, and the most chunks of a cell: each holds its own dK and dV.
-const BACKWARD_ITEM: usize = 1024;
-/// See [`BACKWARD_ITEM`].
-const BACKWARD_CHUNKS: usize = 4;
+/// Queries that make a further item of a cell: K and V are packed once per item, some 3 % of the work of 1024 queries.
+const ITEM_QUERIES: usize = 1024;
+/// The most backward items of a cell and head: each has a dK and dV of its own.
+const BACKWARD_ITEMS: usize = 4;
 /// Stands for a pair that does not attend: finite, so that differences of two of them are not NaN.
 const MASKED: f32 = -1e30;
 
@@ -187,7 +185,7 @@ unsafe fn forward_item<A: Act>(
     // SAFETY: the caller's; a 16-bit activation type is bf16.
     unsafe {
         #[cfg(target_arch = "x86_64")]
-        if isa == Isa::Avx512Bf16 && !A::IS_F32 && job.head_width % 2 == 0 {
+        if isa == Isa::Avx512Bf16 && !A::IS_F32 && job.head_width.is_multiple_of(2) {
             return pairs_item(job, out, cell, head, first, end);
         }
         plain_forward(isa, job, out, cell, head, first, end)
@@ -223,9 +221,15 @@ fn job<'a, A: Act>(dims: Dims, input: &'a In<'_, Cpu, A>) -> Job<'a, A> {
     }
 }
 
-/// Chunks of queries that a cell's backward pass is cut into.
-fn chunks(len: usize) -> usize {
-    (len / BACKWARD_ITEM).clamp(1, BACKWARD_CHUNKS)
+/// Items that `len` queries are cut into, at most `most`.
+fn items_of(len: usize, most: usize) -> usize {
+    (len / ITEM_QUERIES).clamp(1, most)
+}
+
+/// Queries `first .. end` of item `i` of `items`: equal shares of whole tiles.
+fn share(len: usize, items: usize, i: usize) -> (usize, usize) {
+    let share = len.div_ceil(items).next_multiple_of(TILE);
+    ((i * share).min(len), ((i + 1) * share).min(len))
 }
 
 /// The forward pass on one instruction set, which must be [available](Isa::available); shapes as in
@@ -234,7 +238,7 @@ pub fn forward_on<A: Act>(isa: Isa, dims: Dims, input: In<'_, Cpu, A>, o: &mut B
     assert!(Isa::available().contains(&isa), "{isa:?} is not available here");
     let job = job(dims, &input);
     let out = forward::Out { o: Shared(o.as_mut_ptr()), lse: Shared(lse.as_mut_ptr()) };
-    let blocks = |cell| job.cell(cell).1.div_ceil(FORWARD_ITEM);
+    let blocks = |cell| items_of(job.cell(cell).1, usize::MAX);
     let count: usize = (0..dims.cells).map(blocks).sum();
     let mut list = scratch::take(8 * count);
     let items = list.slice::<[u32; 2]>(count);
@@ -244,8 +248,7 @@ pub fn forward_on<A: Act>(isa: Isa, dims: Dims, input: In<'_, Cpu, A>, o: &mut B
     let items = &*items;
     (0..count * dims.heads).into_par_iter().with_max_len(1).for_each(|i| {
         let ([cell, block], head) = (items[i / dims.heads].map(|x| x as usize), i % dims.heads);
-        let first = block * FORWARD_ITEM;
-        let end = (first + FORWARD_ITEM).min(job.cell(cell).1);
+        let (first, end) = share(job.cell(cell).1, blocks(cell), block);
         // SAFETY: the instruction set is available; items hold distinct queries or heads; the shapes were checked.
         unsafe { forward_item(isa, &job, &out, cell, head, first, end) }
     });
@@ -269,7 +272,7 @@ pub fn backward_on<A: Act>(
         dqkv: Shared(dqkv.as_mut_ptr()),
         delta: Shared(delta.as_mut_ptr()),
     };
-    let of = |cell| chunks(job.cell(cell).1);
+    let of = |cell| items_of(job.cell(cell).1, BACKWARD_ITEMS);
     let count: usize = (0..dims.cells).map(of).sum();
     // One entry per (cell, chunk): cell, chunk, and where its heads' partial sums start, in multiples of 16 floats.
     let mut list = scratch::take(16 * count);
@@ -295,8 +298,7 @@ pub fn backward_on<A: Act>(
         let (item, head) = (i / dims.heads, i % dims.heads);
         let [cell, chunk, ..] = items[item].map(|x| x as usize);
         let (len, chunks) = (job.cell(cell).1, of(cell));
-        let share = len.div_ceil(chunks).next_multiple_of(TILE);
-        let (first, end) = (chunk * share, ((chunk + 1) * share).min(len));
+        let (first, end) = share(len, chunks, chunk);
         let to = if chunks > 1 { partial(item, head) } else { std::ptr::null_mut() };
         // SAFETY: as in the forward pass; each chunk has its own partial sums, and a cell's only chunk its own columns.
         unsafe { backward_item(isa, &job, &gradients, cell, head, first, end, to) }
@@ -306,7 +308,7 @@ pub fn backward_on<A: Act>(
         let [cell, chunk, ..] = items[item].map(|x| x as usize);
         let chunks = of(cell);
         if chunk == 0 && chunks > 1 {
-            let mut all = [std::ptr::null_mut(); BACKWARD_CHUNKS];
+            let mut all = [std::ptr::null_mut(); BACKWARD_ITEMS];
             for (c, pointer) in all.iter_mut().enumerate().take(chunks) {
                 *pointer = partial(item + c, head);
             }

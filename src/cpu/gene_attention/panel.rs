@@ -274,6 +274,23 @@ pub unsafe fn store_lanes<V: Vector, A: Act>(x: V, p: *mut A, at: usize, width: 
     }
 }
 
+/// Rows between a packed row and the one fetched for later. Rows of a head lie 3·D apart, often a page, where the hardware
+/// does not look ahead: without this, packing took 15 % of the forward pass.
+const PREFETCH_ROWS: usize = 12;
+
+/// Asks for the cache lines of `width` elements.
+#[inline(always)]
+fn prefetch<A>(p: *const A, width: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..width * size_of::<A>()).step_by(64) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: SSE is part of x86-64, and a prefetch does not fault.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast::<i8>().wrapping_add(line)) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (p, width);
+}
+
 /// Widens `rows` rows into a panel (rows, W).
 ///
 /// # Safety
@@ -288,6 +305,7 @@ pub unsafe fn pack_rows<V: Vector, A: Act>(
     let panel_width = panel_width(width);
     for row in 0..rows {
         let from = source(row);
+        prefetch(source((row + PREFETCH_ROWS).min(rows - 1)), width);
         for at in (0..panel_width).step_by(LANES) {
             // SAFETY: the caller vouches for both ranges and the instruction set.
             unsafe { load_lanes::<V, A>(from, at, width).store(panel.add(row * panel_width + at)) };
@@ -309,6 +327,9 @@ pub unsafe fn pack_row_pairs<A: Act>(
 ) {
     let panel_width = panel_width(width);
     for row in (0..rows).step_by(2) {
+        for ahead in 0..2 {
+            prefetch(source((row + ahead + PREFETCH_ROWS).min(rows - 1)), width);
+        }
         // SAFETY: the caller vouches for both ranges and for the size of A.
         unsafe {
             let even = std::slice::from_raw_parts(source(row).cast::<u16>(), width);
