@@ -67,8 +67,7 @@ impl Case {
     }
     fn qkv<A: Act>(&self) -> Vec<A> {
         let (d, mut x) = (self.width(), normal::<A>(1, 3 * self.tokens() * self.width(), 1.0));
-        for (i, x) in x.iter_mut().enumerate().filter(|(i, _)| i % (3 * d) < 2 * d) {
-            let _ = i;
+        for (_, x) in x.iter_mut().enumerate().filter(|(i, _)| i % (3 * d) < 2 * d) {
             *x = A::from_f32(x.to_f32() * self.scale as f32);
         }
         x
@@ -188,10 +187,10 @@ fn oracle(case: &Case, qkv: &[f64], do_: &[f64]) -> Exact {
                     let p = (s - max).exp() / sum;
                     let ds = p * (keep[j] * dot(go, part(cell.start + j, 2)) - delta) * scale;
                     let j_at = (cell.start + j) * 3 * d + head * k;
-                    for c in 0..k {
+                    for (c, go) in go.iter().enumerate() {
                         x.dqkv[i * 3 * d + head * k + c] += ds * part(cell.start + j, 1)[c];
                         x.dqkv[j_at + d + c] += ds * part(i, 0)[c];
-                        x.dqkv[j_at + 2 * d + c] += p * keep[j] * go[c];
+                        x.dqkv[j_at + 2 * d + c] += p * keep[j] * go;
                     }
                 }
             }

@@ -6,6 +6,7 @@
 
 pub mod compare;
 pub mod kernels;
+pub mod attention;
 pub mod loader;
 pub mod peak;
 pub mod step;

@@ -133,3 +133,36 @@ pub fn backward<A: Act, B: GeneAttention<A>>(
         lse: backward.lse, dims.tokens * dims.heads; dqkv: dqkv, 3 * n; delta: delta, dims.tokens * dims.heads);
     dev.gene_attention_backward(dims, input, backward, dqkv, delta)
 }
+
+/// Pairs (i, j) that attend, over all cells: Σ len² when dense.
+pub fn pairs(pattern: Pattern, cell_start: &[u32], global: &[u8]) -> u64 {
+    let cells = cell_start.windows(2).map(|c| c[0] as usize..c[1] as usize);
+    match pattern {
+        Pattern::Dense => cells.map(|c| (c.len() as u64).pow(2)).sum(),
+        Pattern::MarkerSparse { window } => cells
+            .map(|cell| {
+                let (global, len) = (&global[cell.clone()], cell.len());
+                let globals = global.iter().filter(|g| **g != 0).count() as u64;
+                // An ordinary token attends to the ordinary ones of its window and to every global one.
+                let mut ordinary_before = vec![0u64; len + 1];
+                for (i, g) in global.iter().enumerate() {
+                    ordinary_before[i + 1] = ordinary_before[i] + u64::from(*g == 0);
+                }
+                let ordinary: u64 = (0..len)
+                    .filter(|i| global[*i] == 0)
+                    .map(|i| {
+                        let end = i.saturating_add(window).saturating_add(1).min(len);
+                        ordinary_before[end] - ordinary_before[i.saturating_sub(window)] + globals
+                    })
+                    .sum();
+                ordinary + globals * len as u64
+            })
+            .sum(),
+    }
+}
+
+/// FLOPs of the forward and of the backward pass over `pairs` ([`pairs`]): 4·D a pair (two products) and 10·D (five).
+pub fn flops(dims: Dims, pairs: u64) -> (f64, f64) {
+    let forward = 4.0 * dims.width() as f64 * pairs as f64;
+    (forward, 2.5 * forward)
+}

@@ -342,10 +342,3 @@ impl<A: Act> GeneAttention<A> for Cpu {
         Ok(())
     }
 }
-
-/// Multiply-add FLOPs of the two directions over the pairs that attend (`pairs` = Σ len² when dense): 4·D per pair forward
-/// (two products), 10·D backward (five). Softmax is not counted.
-pub fn flops(dims: Dims, pairs: u64) -> (f64, f64) {
-    let forward = 4.0 * dims.width() as f64 * pairs as f64;
-    (forward, 2.5 * forward)
-}
