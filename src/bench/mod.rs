@@ -4,9 +4,9 @@
 //! the result and the smallest one is told beside it. The ceiling ([`peak`]) is measured in the same run, because a shared
 //! machine has no other honest one, and the share of it that other processes took is reported as `other_load`.
 
+pub mod attention;
 pub mod compare;
 pub mod kernels;
-pub mod attention;
 pub mod loader;
 pub mod peak;
 pub mod step;
