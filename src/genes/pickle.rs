@@ -142,7 +142,7 @@ impl<'a> Machine<'a> {
         let Value::Dictionary(dictionary) = &mut self.arena[top] else {
             return Err("items are set on something that is no dictionary".into());
         };
-        if items.len() % 2 != 0 {
+        if !items.len().is_multiple_of(2) {
             return Err("a key without a value".into());
         }
         dictionary.extend(items.chunks(2).map(|pair| (pair[0], pair[1])));

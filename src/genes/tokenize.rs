@@ -91,7 +91,7 @@ impl Tokenizer {
         value: Option<&mut Vec<f16>>,
     ) -> usize {
         debug_assert_eq!(columns.len(), counts.len());
-        if !(n_counts > 0.0) {
+        if n_counts.is_nan() || n_counts <= 0.0 {
             return 0;
         }
         let Scratch { keys, sum, touched, columns: summed_columns, counts: summed_counts } = scratch;

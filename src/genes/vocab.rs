@@ -89,7 +89,8 @@ impl Vocab {
                     .wanted("one id per token"));
             }
             let m = median[id];
-            if !is_special(name) && !(m.is_finite() && m > 0.0) {
+            let usable = m.is_finite() && m > 0.0;
+            if !is_special(name) && !usable {
                 return Err(Error::input(format!("the median of {name} cannot be used"))
                     .at(format!("token id {id}"))
                     .found(m)

@@ -245,10 +245,13 @@ impl<'a> Offsets<'a> {
     }
 }
 
+/// Appends the elements in some bytes.
+type Decode<'a, T> = dyn Fn(&[u8], &mut Vec<T>) + Send + Sync + 'a;
+
 /// One array read from front to back, decoded in parallel pieces on chunk borders.
 pub(super) struct Stream<'a, T> {
     array: &'a dyn H5Array,
-    decode: Box<dyn Fn(&[u8], &mut Vec<T>) + Send + Sync + 'a>,
+    decode: Box<Decode<'a, T>>,
     length: u64,
     piece: u64,
     /// Entries `base .. next`, decoded and not yet taken.

@@ -258,7 +258,8 @@ impl Matrix {
                 row += 1;
             }
             let (a, b) = rayon::join(|| data.take(from, to), || indices.take(from, to));
-            (a?, b?);
+            a?;
+            b?;
             std::mem::swap(&mut block.count, &mut data.taken);
             std::mem::swap(&mut block.column, &mut indices.taken);
             each(&block)?;

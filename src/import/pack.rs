@@ -130,6 +130,12 @@ pub fn pack(
     options: &PackOptions<'_>,
     progress: &Progress,
 ) -> Result<PackReport> {
+    // The writer refuses this too, but only after every input was read once.
+    if out.exists() {
+        return Err(Error::usage("the output exists already")
+            .at(out.display())
+            .next("name another --out, or remove the folder"));
+    }
     let plan = Plan::new(inputs, vocab, options)?;
     let sources: Vec<serde_json::Value> = plan
         .files

@@ -125,7 +125,7 @@ pub(super) fn stream(
         .found(format!("{} entries", parts.entries))
         .next(format!(
             "give at least --memory {}M, or store the matrix as CSR",
-            (parts.entries * ENTRY_BYTES * 3 / MAX_BUCKETS as u64 >> 20) + 1
+            ((parts.entries * ENTRY_BYTES * 3 / MAX_BUCKETS as u64) >> 20) + 1
         )));
     }
     // Calls `put(row, column, count)` for every entry, columns ascending.
@@ -136,7 +136,8 @@ pub(super) fn stream(
         let mut column = 0usize;
         for (from, to) in windows() {
             let (a, b) = rayon::join(|| data.take(from, to), || indices.take(from, to));
-            (a?, b?);
+            a?;
+            b?;
             for (n, (&row, &count)) in indices.taken.iter().zip(&data.taken).enumerate() {
                 while offsets[column + 1] <= from + n as u64 {
                     column += 1;
