@@ -306,8 +306,11 @@ fn resume_is_exact_at_every_batch() {
     }
 }
 
+/// Cells, tokens, cell starts, values.
+type Packed = (Vec<u32>, Vec<u32>, Vec<u32>, Vec<f32>);
+
 /// What the packer does, without any of its tricks.
-fn naive(corpus: &Corpus, cells: &[u32], o: &BatchOptions) -> Vec<(Vec<u32>, Vec<u32>, Vec<u32>, Vec<f32>)> {
+fn naive(corpus: &Corpus, cells: &[u32], o: &BatchOptions) -> Vec<Packed> {
     let mut batches = Vec::new();
     let mut open = (Vec::new(), Vec::new(), vec![0u32], Vec::new());
     for &cell in cells {

@@ -96,6 +96,9 @@ struct Check {
     /// obs column of the labels.
     #[arg(long, value_name = "COL", requires = "corpus")]
     label: Option<String>,
+    /// Leave out this label (may be repeated).
+    #[arg(long, value_name = "LABEL", requires = "label")]
+    exclude_label: Vec<String>,
     /// Table label<TAB>set name, for labels of another name than their set.
     #[arg(long, value_name = "FILE", requires = "label")]
     marker_map: Option<PathBuf>,
@@ -203,7 +206,7 @@ fn run_check(flags: &Check) -> Result<Output> {
     let mut out = report_sets(&raw, &vocab, &flags.markers)?;
     if let (Some(corpus), Some(column)) = (&corpus, &flags.label) {
         let map = flags.marker_map.as_deref().map(read_marker_map).transpose()?;
-        report_labels(&mut out, &raw, &Labels::read(corpus, column, &[])?, map.as_deref())?;
+        report_labels(&mut out, &raw, &Labels::read(corpus, column, &flags.exclude_label)?, map.as_deref())?;
     }
     Ok(out)
 }

@@ -243,15 +243,6 @@ impl Corpus {
         })
     }
 
-    /// Pulls the first `room` genes of `cell` towards the cache.
-    #[inline]
-    pub(super) fn prefetch_genes(&self, cell: usize, room: usize) {
-        let (shard, i) = self.locate(cell);
-        let mut span = shard.gene_span(i);
-        span.end = span.end.min(span.start + room * if self.manifest.vocabulary.narrow() { 2 } else { 4 });
-        shard.prefetch(span);
-    }
-
     /// The values of `cell`, parallel to its genes; `None` where the corpus stores none.
     #[inline]
     pub fn values(&self, cell: usize) -> Result<Option<&[f16]>> {

@@ -200,19 +200,6 @@ impl Shard {
         Ok(self.view(&span))
     }
 
-    /// Pulls the cache lines of `span` towards the core.
-    #[inline]
-    pub fn prefetch(&self, span: Span) {
-        #[cfg(target_arch = "x86_64")]
-        for line in self.map[span].chunks(64) {
-            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            // SAFETY: a prefetch of any address is harmless, and this one lies in the map.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = span;
-    }
-
     pub fn total_counts(&self) -> Result<&[f32]> {
         self.read(self.total_count.clone())
     }

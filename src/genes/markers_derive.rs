@@ -134,7 +134,7 @@ pub fn derive(corpus: &Corpus, training: &TrainingCells<'_>, top: usize) -> Resu
     Ok(Derived { markers, cells, from_values: corpus.manifest().values })
 }
 
-/// The `top` genes of a class of `n` cells, with their scores; `means` is Σ_j μ_jg over the classes.
+/// The `top` genes of a class of `n` cells, with their scores; `means` is Σ_j μ_jg over the classes (V).
 fn best(
     class: &Sums,
     n: f64,
@@ -149,7 +149,7 @@ fn best(
         return Vec::new();
     }
     let mut scored = Vec::new();
-    for g in 0..class.x.len() {
+    for (g, means_g) in means.iter().enumerate() {
         if (class.present[g] as f64) < MIN_PRESENT * n {
             continue;
         }
@@ -157,7 +157,7 @@ fn best(
         let variance = class.xx[g] / n - mean * mean;
         let variance_rest = (all.xx[g] - class.xx[g]) / n_rest - mean_rest * mean_rest;
         let t = (mean - mean_rest) / ((variance + floor.0) / n + (variance_rest + floor.1) / n_rest).sqrt();
-        let score = t * mean / (means[g] + 1e-6);
+        let score = t * mean / (means_g + 1e-6);
         if mean > mean_rest && score > 0.0 {
             scored.push((g as u32, score));
         }
