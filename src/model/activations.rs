@@ -150,13 +150,8 @@ impl<B: Device, A: Act> Activations<B, A> {
     /// # Errors
     /// Bug: buffers made for evaluation.
     pub fn dx(&mut self) -> Result<&mut B::Buf<A>> {
-        Ok(self.hidden_and_dx(0)?.1)
-    }
-    /// Hidden state `depth` and dx, for heads that read the one and set the other.
-    pub fn hidden_and_dx(&mut self, depth: usize) -> Result<(&B::Buf<A>, &mut B::Buf<A>)> {
-        let states = self.x.len();
         match &mut self.backward {
-            Some(b) => Ok((&self.x[depth % states], &mut b.dx)),
+            Some(back) => Ok(&mut back.dx),
             None => Err(crate::error::Error::bug("backward over buffers made for evaluation")),
         }
     }

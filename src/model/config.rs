@@ -218,7 +218,7 @@ impl ModelConfig {
                 "at least 1",
             );
         }
-        if self.width % self.heads != 0 {
+        if !self.width.is_multiple_of(self.heads) {
             return bad(
                 "the width is not a multiple of the heads",
                 format!("{} over {} heads", self.width, self.heads),
