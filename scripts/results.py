@@ -45,6 +45,7 @@ CURATED = {
 CONTEXT = 128
 PRETRAIN = ["--set", "train.epochs=6"]
 REFINE_EPOCHS, TUNE_EPOCHS = 2, 4
+SPLIT = ["--split", "train=0.67,test=0.33"]
 TERMS = ["proto", "mlm", "cell_cell", "structure", "anchor"]
 
 
@@ -138,48 +139,153 @@ def chain(lab, tag, name, split, seed):
 
 
 def few_labels(lab, name, seed, counts):
-    """Few labels: the curated sets, all training cells unlabelled but n a class. -> {n: {arm: metrics}}"""
+    """Few labels: curated sets, all training cells unlabelled but n a class. -> {n: {arm: metrics}}"""
     tag = f"{name}-{seed}"
-    split = ["--split", "train=0.67,test=0.33"]
     source, corpus, vocab, label, curated, mapping = prepare(lab, name)
     common = ["--corpus", corpus, "--seed", seed, "--set", f"batch.max_tokens={CONTEXT}"]
     pretrained, free = lab.path("runs", f"{tag}-pretrained"), lab.path("runs", f"{tag}-label-free")
     markers = ["--markers", curated, "--marker-map", mapping]
-    # Label-free: no cell's label is read; the flags name the column for the split alone.
-    lab.run(f"{tag}/label-free", ["refine", *common, *label, *split, "--labels-per-class", 0, "--checkpoint", pretrained, *markers,
-                                  "--set", f"train.epochs={REFINE_EPOCHS}", "--out", free])
+    # Without --label no cell's label is read; the split is the one that pretraining recorded.
+    lab.run(f"{tag}/label-free", ["refine", *common, "--checkpoint", pretrained, *markers, "--set", f"train.epochs={REFINE_EPOCHS}",
+                                  "--out", free])
     out = {}
     for n in counts:
-        some = ["--labels-per-class", n]
+        some = [*label, *SPLIT, "--labels-per-class", n]
         partly, tuned = lab.path("runs", f"{tag}-partly-{n}"), lab.path("runs", f"{tag}-tuned-{n}")
-        lab.run(f"{tag}/partly-{n}", ["refine", *common, *label, *split, *some, "--checkpoint", pretrained, *markers,
+        lab.run(f"{tag}/partly-{n}", ["refine", *common, *some, "--checkpoint", pretrained, *markers,
                                       "--set", f"train.epochs={REFINE_EPOCHS}", "--out", partly])
-        lab.run(f"{tag}/tuned-{n}", ["finetune", *common, *label, *split, *some, "--checkpoint", pretrained,
-                                     "--set", "train.steps=100", "--out", tuned])
+        lab.run(f"{tag}/tuned-{n}", ["finetune", *common, *some, "--checkpoint", pretrained, "--set", "train.steps=100", "--out", tuned])
         cells = lab.path(f"{tag}-split-{n}.json")
-        out[n] = {}
-        for arm, run in (("pretrained", pretrained), ("label-free", free), ("partly", partly), ("tuned", tuned)):
-            out[n][arm] = lab.run(f"{tag}/eval-{arm}-{n}", ["eval", "--corpus", corpus, "--checkpoint", run, *label, *split, *some,
-                                                           "--seed", seed, *markers, "--split-out", cells])["metrics"]
+        evaluate = lambda arm, run: lab.run(f"{tag}/eval-{arm}-{n}", ["eval", "--corpus", corpus, "--checkpoint", run, *some, "--seed", seed,
+                                                                     *markers, "--split-out", cells])["metrics"]
+        out[n] = {arm: evaluate(arm, run) for arm, run in
+                  (("pretrained", pretrained), ("label-free", free), ("partly", partly), ("tuned", tuned))}
         out[n]["baselines"] = lab.run(f"{tag}/baselines-{n}", [
-            os.path.join(HERE, "baselines.py"), source, "--label", "cell_type", "--split", cells, "--vocab", vocab, "--markers", curated,
-            "--marker-map", mapping, "--methods", "logistic_regression"], program=[sys.executable])
+            os.path.join(HERE, "baselines.py"), source, "--label", "cell_type", "--split", cells, "--vocab", vocab,
+            "--methods", "logistic_regression"], program=[sys.executable])
     return out
 
 
 def ablation(lab, name, seed):
-    """Refine with one term off at a time (and without centring). -> {arm: metrics}"""
+    """Refine with one term off at a time, and without centring. -> {arm: metrics}"""
     tag = f"{name}-{seed}"
-    split = ["--split", "train=0.67,test=0.33"]
     source, corpus, vocab, label, curated, mapping = prepare(lab, name)
     derived, pretrained = lab.path(f"{tag}-derived.gmt"), lab.path("runs", f"{tag}-pretrained")
-    out = {"all terms": lab.run(f"{tag}/eval-refined", [])["metrics"]}
+    out = {}
     for term in TERMS + ["center"]:
         run = lab.path("runs", f"{tag}-without-{term}")
         off = f"objective.{term}=" + ("false" if term == "center" else "0")
-        lab.run(f"{tag}/without-{term}", ["refine", "--corpus", corpus, "--seed", seed, "--set", f"batch.max_tokens={CONTEXT}", *label, *split,
+        lab.run(f"{tag}/without-{term}", ["refine", "--corpus", corpus, "--seed", seed, "--set", f"batch.max_tokens={CONTEXT}", *label, *SPLIT,
                                           "--checkpoint", pretrained, "--markers", derived, "--set", f"train.epochs={REFINE_EPOCHS}",
                                           "--set", off, "--out", run])
-        out[f"without {term}"] = lab.run(f"{tag}/eval-without-{term}", ["eval", "--corpus", corpus, "--checkpoint", run, *label, *split,
-                                                                       "--seed", seed, "--markers", derived])["metrics"]
+        out[f"without {term}"] = lab.run(f"{tag}/eval-without-{term}", [
+            "eval", "--corpus", corpus, "--checkpoint", run, *label, *SPLIT, "--seed", seed, "--markers", derived])["metrics"]
     return out
+
+
+# ----------------------------------------------------------------------------------------------------------------- tables
+def mean_spread(values):
+    values = [v for v in values if v is not None]
+    if not values:
+        return "–"
+    mean = sum(values) / len(values)
+    spread = (sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)) ** 0.5
+    return f"{mean:.3f} ± {spread:.3f}" if len(values) > 1 else f"{mean:.3f}"
+
+
+def table(header, rows):
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+
+
+def zero_shot(metrics, micro, k):
+    scores = metrics.get("zero_shot", {}).get("prototype")
+    return scores and scores["recall_at" if micro else "macro_recall_at"].get(str(k))
+
+
+def method(baselines, name, field):
+    return baselines.get("methods", baselines).get(name, {}).get(field)
+
+
+def core_tables(results):
+    arms = [("pretrain → fine-tune 6", "tuned"), ("pretrain → balanced cross-entropy 2 → fine-tune 4", "plain-tuned"),
+            ("pretrain → refine 2 → fine-tune 4", "refined-tuned")]
+    rows = [[title] + [mean_spread([r[arm][f] for r in results]) for f in ("accuracy", "macro_f1", "tail_f1")] for title, arm in arms]
+    plain = [("logistic regression, 2,000 variable genes", "logistic_regression"), ("kNN (15) on 50 PCs", "knn_pca"),
+             ("marker score, derived sets, no model", "marker_score_derived"), ("marker score, curated sets, no model", "marker_score")]
+    rows += [[title] + [mean_spread([method(r["baselines"], name, f) for r in results]) for f in ("accuracy", "macro_f1", "tail_f1")]
+             for title, name in plain]
+    text = table(["fine-tuned, class-balanced, equal compute", "accuracy", "macro-F1", "tail F1"], rows) + "\n"
+    measures = [("linear probe macro-F1", lambda m: m["linear_probe_macro_f1"]), ("kNN macro-F1", lambda m: m["knn_macro_f1"]),
+                ("silhouette", lambda m: m["silhouette"]), ("ARI", lambda m: m["ari"]), ("NMI", lambda m: m["nmi"]),
+                ("nearest prototype recall@1", lambda m: zero_shot(m, True, 1)), ("recall@3", lambda m: zero_shot(m, True, 3)),
+                ("recall@1, mean of classes", lambda m: zero_shot(m, False, 1)), ("recall@3, mean of classes", lambda m: zero_shot(m, False, 3))]
+    rows = [[title] + [mean_spread([f(r[arm]) for r in results]) for arm in ("pretrained", "refined")] for title, f in measures]
+    return text + table(["frozen embedding", "before refine", "after refine"], rows)
+
+
+def write_docs(lab, results):
+    """WORK/results.md: the tables; docs/results.md quotes them with their reading."""
+    parts = []
+    for name in results["core"]:
+        parts.append(f"### {name}\n" + core_tables(list(results["core"][name].values())))
+    for name, seeds in results.get("few", {}).items():
+        runs = list(seeds.values())
+        rows = []
+        arms = [("frozen pretrained + probe", lambda r: r["pretrained"]["linear_probe_macro_f1"]),
+                ("label-free refine + probe", lambda r: r["label-free"]["linear_probe_macro_f1"]),
+                ("partly labelled refine + probe", lambda r: r["partly"]["linear_probe_macro_f1"]),
+                ("partly labelled refine, nearest prototype", lambda r: r["partly"]["methods"].get("prototype", {}).get("macro_f1")),
+                ("fine-tuning from pretrained", lambda r: r["tuned"]["macro_f1"]),
+                ("logistic regression, 2,000 variable genes", lambda r: method(r["baselines"], "logistic_regression", "macro_f1"))]
+        counts = list(runs[0])
+        for title, f in arms:
+            rows.append([title] + [mean_spread([f(r[n]) for r in runs]) for n in counts])
+        parts.append(f"### {name}: few labels, macro-F1\n" + table(["labels a class"] + [str(n) for n in counts], rows))
+    if results.get("donors"):
+        parts.append("### baron: leave one donor out (mean ± spread over donors)\n" + core_tables(list(results["donors"].values())))
+    for name, arms in results.get("ablation", {}).items():
+        fields = [("linear probe", lambda m: m["linear_probe_macro_f1"]), ("kNN", lambda m: m["knn_macro_f1"]),
+                  ("silhouette", lambda m: m["silhouette"]), ("recall@1", lambda m: zero_shot(m, True, 1)),
+                  ("recall@1, mean of classes", lambda m: zero_shot(m, False, 1))]
+        rows = [[arm] + [mean_spread([f(m)]) for _, f in fields] for arm, m in arms.items()]
+        parts.append(f"### {name}: refine with one part off (seed 0)\n" + table([""] + [t for t, _ in fields], rows))
+    text = "\n".join(parts)
+    open(lab.path("results.md"), "w").write(text)
+    json.dump(results, open(lab.path("results.json"), "w"), indent=1)
+    print(text)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--data", required=True)
+    p.add_argument("--markers", required=True)
+    p.add_argument("--work", required=True)
+    p.add_argument("--binary", default="target/release/cellrefine")
+    p.add_argument("--parts", default="core,few,donors,ablation")
+    p.add_argument("--seeds", default="0,1,2")
+    p.add_argument("--few-seeds", default="0,1")
+    p.add_argument("--labels", default="1,5,10,30")
+    p.add_argument("--datasets", default="baron,pbmc8k")
+    a = p.parse_args()
+    lab, parts, names = Lab(a), a.parts.split(","), a.datasets.split(",")
+    results = {"core": {}, "few": {}, "donors": {}, "ablation": {}}
+    for name in names:
+        results["core"][name] = {seed: chain(lab, f"{name}-{seed}", name, SPLIT, seed) for seed in map(int, a.seeds.split(","))}
+    write_docs(lab, results)
+    if "ablation" in parts:
+        for name in names:
+            whole = {"all terms": results["core"][name][0]["refined"], "before refine": results["core"][name][0]["pretrained"]}
+            results["ablation"][name] = {**whole, **ablation(lab, name, 0)}
+    if "few" in parts:
+        for name in names:
+            results["few"][name] = {seed: few_labels(lab, name, seed, list(map(int, a.labels.split(","))))
+                                    for seed in map(int, a.few_seeds.split(","))}
+    if "donors" in parts and "baron" in names:
+        for donor in ("human1", "human2", "human3", "human4"):
+            results["donors"][donor] = chain(lab, f"baron-{donor}", "baron", ["--holdout", f"donor={donor}"], 0)
+    write_docs(lab, results)
+
+
+if __name__ == "__main__":
+    main()
