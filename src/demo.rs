@@ -13,11 +13,12 @@ use crate::corpus::Corpus;
 use crate::corpus::splits::{Split, SplitRule, SplitSpec};
 use crate::cpu::Cpu;
 use crate::error::{Error, Result};
-use crate::eval::evaluate::{Evaluation, MarkerChoice, Request, SplitChoice, evaluate};
+use crate::eval::evaluate::{MarkerChoice, Request, SplitChoice, evaluate};
 use crate::eval::frozen::FrozenSettings;
 use crate::eval::metrics::{ShareThresholds, classification, group_f1};
 use crate::eval::probe::{Probe, ProbeSettings};
 use crate::eval::rows::Rows;
+use crate::eval::summary::Evaluation;
 use crate::genes::vocab::Vocab;
 use crate::import::medians::{BuildOptions, build};
 use crate::import::pack::{PackOptions, pack};
@@ -190,6 +191,7 @@ fn pack_cells(cells: &Path, training: Option<&HashSet<String>>, out: &Path) -> R
     let built = build(&inputs, &BuildOptions { cells: training, ..BuildOptions::default() })?;
     // Reading the file back proves that what travels with the corpus is what a user would pass.
     let file = out.with_extension("vocab.tsv");
+    folder_of(&file)?;
     built.vocab.save(&file, &built.notes)?;
     let options = PackOptions { values: true, ..PackOptions::default() };
     pack(&inputs, &Vocab::load(&file)?, out, &options, &crate::cli::Progress::silent())?;
@@ -211,7 +213,7 @@ fn training_names(corpus: &Corpus, seed: u64) -> Result<HashSet<String>> {
 fn regression(corpus: &Corpus, seed: u64) -> Result<[f64; 2]> {
     let split = split(corpus, seed)?;
     let labels = split.labels.as_ref().ok_or_else(|| Error::bug("a labelled split without labels"))?;
-    let width = corpus.manifest().vocab.len;
+    let width = corpus.manifest().vocabulary.len;
     let dense = |cells: &[u32]| -> Result<(Vec<f32>, Vec<usize>)> {
         let mut rows = vec![0f32; cells.len() * width];
         let mut classes = Vec::with_capacity(cells.len());
@@ -253,10 +255,13 @@ fn prepare_folder(out: &Path) -> Result<()> {
     write(&out.join(MARK), b"cellrefine demo clears this folder when it runs again\n")
 }
 
+fn folder_of(path: &Path) -> Result<()> {
+    let Some(folder) = path.parent() else { return Ok(()) };
+    std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, "make a folder", &e))
+}
+
 fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-    if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, "make a folder", &e))?;
-    }
+    folder_of(path)?;
     std::fs::write(path, bytes).map_err(|e| Error::io(path, "write a file of the demo", &e))
 }
 

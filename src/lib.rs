@@ -26,6 +26,7 @@ pub mod cli;
 pub mod config;
 pub mod corpus;
 pub mod cpu;
+pub mod demo;
 pub mod device;
 pub mod error;
 pub mod eval;

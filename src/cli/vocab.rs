@@ -1,12 +1,13 @@
 //! `cellrefine vocab`.
 
 use super::{Global, Output};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::genes::dictionary::convert;
 use crate::genes::mapping::SymbolMap;
 use crate::genes::vocab::Vocab;
 use crate::import::medians::{BuildOptions, build};
 use serde_json::json;
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 /// Flags of `vocab`.
@@ -55,6 +56,9 @@ struct Build {
     /// Slot of the raw counts: X, raw or layers/NAME [default: X].
     #[arg(long, value_name = "SLOT")]
     counts: Option<String>,
+    /// Text file of cell names, one a line: medians from these cells alone, such as the training part.
+    #[arg(long, value_name = "FILE")]
+    cells: Option<PathBuf>,
     /// Special tokens: v1 = pad, mask; v2 = pad, mask, cls, eos.
     #[arg(long, default_value = "v2", value_name = "SET", value_parser = ["v1", "v2"])]
     specials: String,
@@ -101,6 +105,7 @@ fn run_build(f: &Build) -> Result<Output> {
     let symbols = f.symbols.as_ref().map(SymbolMap::load).transpose()?;
     let specials: &[&str] =
         if f.specials == "v1" { &["<pad>", "<mask>"] } else { &["<pad>", "<mask>", "<cls>", "<eos>"] };
+    let cells = f.cells.as_deref().map(read_names).transpose()?;
     let options = BuildOptions {
         counts: f.counts.clone(),
         genes: f.genes.clone(),
@@ -109,6 +114,7 @@ fn run_build(f: &Build) -> Result<Output> {
         min_cells: f.min_cells,
         memory_bytes: f.memory,
         allow_non_integer: f.allow_non_integer,
+        cells: cells.as_ref(),
     };
     let built = build(&f.inputs, &options)?;
     built.vocab.save(&f.out, &[format!("built from {} cells", built.cells)])?;
@@ -126,6 +132,12 @@ fn run_build(f: &Build) -> Result<Output> {
         &notes,
         json!({"cells": built.cells, "passes": built.passes, "unseen_genes": built.unseen}),
     ))
+}
+
+/// Names, one a line.
+fn read_names(path: &Path) -> Result<HashSet<String>> {
+    let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, "read the cells' names", &e))?;
+    Ok(text.lines().map(str::trim).filter(|l| !l.is_empty()).map(String::from).collect())
 }
 
 fn output(out: &Path, vocab: &Vocab, notes: &[String], more: serde_json::Value) -> Output {

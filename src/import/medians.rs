@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::genes::mapping::{NameColumn, SymbolMap, ensembl_id};
 use crate::genes::tokenize::TARGET_SUM;
 use crate::genes::vocab::{Vocab, is_special};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 
 /// Ranges per gene and pass.
@@ -38,6 +38,23 @@ pub struct BuildOptions<'a> {
     pub memory_bytes: u64,
     /// Accept values that are no integers.
     pub allow_non_integer: bool,
+    /// Look at the cells with these names alone: the training part, so that medians know nothing of test cells.
+    pub cells: Option<&'a HashSet<String>>,
+}
+
+impl Default for BuildOptions<'_> {
+    fn default() -> Self {
+        BuildOptions {
+            counts: None,
+            genes: None,
+            specials: ["<pad>", "<mask>", "<cls>", "<eos>"].map(String::from).to_vec(),
+            symbols: None,
+            min_cells: 1,
+            memory_bytes: 2 << 30,
+            allow_non_integer: false,
+            cells: None,
+        }
+    }
 }
 
 /// What [`build`] found.
@@ -67,12 +84,20 @@ pub fn build(inputs: &[PathBuf], options: &BuildOptions<'_>) -> Result<Built> {
     let mut notes = Vec::new();
     for path in inputs {
         let source = open(path)?;
-        cells += source.cells();
+        let wanted = options.cells.map(|names| wanted_rows(&source, names)).transpose()?;
+        cells += wanted.as_ref().map_or(source.cells(), |w| w.iter().filter(|w| **w).count() as u64);
         entries += source.entries();
         let names = source.gene_names()?;
         let (column, note) = choose(&names, options.genes.as_deref(), source.gene_place())?;
         notes.push(note);
-        files.push((path, genes.add(&names, column)));
+        files.push((path, genes.add(&names, column), wanted));
+    }
+    if let Some(names) = options.cells
+        && cells == 0
+    {
+        return Err(Error::input("none of the cells to look at is in the inputs")
+            .found(format!("{} names, such as {}", names.len(), names.iter().min().map_or("", String::as_str)))
+            .wanted("names as in obs"));
     }
     let mut passes = 0;
     let scratch = std::env::temp_dir();
@@ -83,11 +108,14 @@ pub fn build(inputs: &[PathBuf], options: &BuildOptions<'_>) -> Result<Built> {
     };
     let mut for_each_value = |each: &mut dyn FnMut(u32, f64)| -> Result<()> {
         passes += 1;
-        for (path, gene_of_column) in &files {
+        for (path, gene_of_column, wanted) in &files {
             let source = open(path)?;
             let mut sums = Sums::new(gene_of_column, genes.name.len());
             source.for_each_block(&pass, &mut |block| {
                 for row in 0..block.rows() {
+                    if wanted.as_ref().is_some_and(|w| !w[block.first as usize + row]) {
+                        continue;
+                    }
                     let (columns, counts) = block.row(row);
                     sums.cell(columns, counts, each);
                 }
@@ -128,6 +156,12 @@ pub fn build(inputs: &[PathBuf], options: &BuildOptions<'_>) -> Result<Built> {
     }
     notes.push(format!("{with} of {} genes have a symbol", vocab.genes()));
     Ok(Built { unseen: genes.name.len() - order.len(), vocab, cells, passes, notes })
+}
+
+/// Which rows have one of `names`.
+fn wanted_rows(source: &H5ad, names: &HashSet<String>) -> Result<Vec<bool>> {
+    let obs = source.obs();
+    Ok(obs.all_texts(obs.index())?.iter().map(|name| names.contains(name)).collect())
 }
 
 /// Genes met so far, over all inputs.
