@@ -122,13 +122,18 @@ fn run_seed(
     let stage = |name: &str, start: Option<&str>, epochs: u32| {
         let mut sources = options.sources.clone();
         sources.seed = Some(seed);
-        sources.set.insert(0, format!("train.epochs={epochs}"));
+        let own = [format!("train.epochs={epochs}"), "batch.cells=16".into(), "batch.max_tokens=128".into()];
+        sources.set.splice(0..0, own);
         RunInputs {
             corpus: corpus_path.clone(),
             out: run(name),
             preset: start.is_none().then(|| "tiny".to_string()),
             checkpoint: start.map(run),
-            split: SplitFlags { split: Some(SPLIT.into()), label: Some(LABEL.into()), ..SplitFlags::default() },
+            split: SplitFlags {
+                split: Some(SPLIT.into()),
+                label: Some(LABEL.into()),
+                ..SplitFlags::default()
+            },
             sources,
             ..RunInputs::default()
         }
@@ -200,7 +205,8 @@ fn pack_cells(cells: &Path, training: Option<&HashSet<String>>, out: &Path) -> R
 
 fn split(corpus: &Corpus, seed: u64) -> Result<Split> {
     let rule = SplitRule::parse_fractions(SPLIT)?;
-    let spec = SplitSpec { rule, label: Some(LABEL.into()), exclude: Vec::new(), labels_per_class: None, seed };
+    let spec =
+        SplitSpec { rule, label: Some(LABEL.into()), exclude: Vec::new(), labels_per_class: None, seed };
     Split::make(corpus, &spec)
 }
 
@@ -219,7 +225,8 @@ fn regression(corpus: &Corpus, seed: u64) -> Result<[f64; 2]> {
         let mut classes = Vec::with_capacity(cells.len());
         for (row, &cell) in rows.chunks_exact_mut(width).zip(cells) {
             let genes = corpus.genes(cell as usize)?;
-            let values = corpus.values(cell as usize)?.ok_or_else(|| Error::bug("the demo's corpus holds values"))?;
+            let values =
+                corpus.values(cell as usize)?.ok_or_else(|| Error::bug("the demo's corpus holds values"))?;
             for (i, value) in values.iter().enumerate() {
                 row[genes.get(i) as usize] = value.to_f32();
             }

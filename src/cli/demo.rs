@@ -18,7 +18,7 @@ pub struct Flags {
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=100))]
     seeds: u64,
     /// Passes over the training cells in pretraining.
-    #[arg(long, value_name = "N", default_value_t = 8)]
+    #[arg(long, value_name = "N", default_value_t = 12)]
     pretrain_epochs: u32,
     /// Passes in refine.
     #[arg(long, value_name = "N", default_value_t = 4)]
@@ -33,7 +33,11 @@ pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
     let options = Options {
         out: flags.out.clone(),
         seeds: (first..first + flags.seeds).collect(),
-        epochs: Epochs { pretrain: flags.pretrain_epochs, refine: flags.refine_epochs, finetune: flags.finetune_epochs },
+        epochs: Epochs {
+            pretrain: flags.pretrain_epochs,
+            refine: flags.refine_epochs,
+            finetune: flags.finetune_epochs,
+        },
         sources: Sources::of_process(global.config.clone(), global.set.clone(), None),
     };
     let start = std::time::Instant::now();
@@ -67,7 +71,10 @@ fn text(options: &Options, results: &[SeedResult], seconds: f64) -> String {
     }
     let (macro_f1, _) = mean_and_spread(results.iter().map(|r| r.regression[0]));
     let (tail, _) = mean_and_spread(results.iter().map(|r| r.regression[1]));
-    let _ = writeln!(t, "\nbeside them, logistic regression on expression: macro-F1 {macro_f1:.3}, tail F1 {tail:.3}");
+    let _ = writeln!(
+        t,
+        "\nbeside them, logistic regression on expression: macro-F1 {macro_f1:.3}, tail F1 {tail:.3}"
+    );
     let e = options.epochs;
     let _ = writeln!(
         t,
@@ -79,7 +86,10 @@ fn text(options: &Options, results: &[SeedResult], seconds: f64) -> String {
     let out = options.out.display();
     let seed = options.seeds[0];
     let _ = writeln!(t, "\noutputs: {out}  (runs, corpora, table.json)");
-    let _ = writeln!(t, "look:    cellrefine eval --corpus {out}/seed-{seed}/pbmc700.cells --checkpoint {out}/seed-{seed}/refined --label cell_type");
+    let _ = writeln!(
+        t,
+        "look:    cellrefine eval --corpus {out}/seed-{seed}/pbmc700.cells --checkpoint {out}/seed-{seed}/refined --label cell_type"
+    );
     let _ = writeln!(t, "your own file:");
     let _ = writeln!(t, "  cellrefine vocab build cells.h5ad --out vocab.tsv");
     let _ = writeln!(t, "  cellrefine pack cells.h5ad --vocab vocab.tsv --out cells.cells");

@@ -96,7 +96,11 @@ pub fn build(inputs: &[PathBuf], options: &BuildOptions<'_>) -> Result<Built> {
         && cells == 0
     {
         return Err(Error::input("none of the cells to look at is in the inputs")
-            .found(format!("{} names, such as {}", names.len(), names.iter().min().map_or("", String::as_str)))
+            .found(format!(
+                "{} names, such as {}",
+                names.len(),
+                names.iter().min().map_or("", String::as_str)
+            ))
             .wanted("names as in obs"));
     }
     let mut passes = 0;

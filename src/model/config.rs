@@ -125,6 +125,10 @@ impl Preset {
     /// The network of this size over a vocabulary of `vocab` ids.
     pub fn config(self, vocab: usize, vocabulary: Vocabulary) -> ModelConfig {
         let dropout = self.dropout_percent as f32 / 100.0;
+        // Geneformer's sizes keep its conventions. In a small encoder every layer counts, and a `<cls>` that masked genes never
+        // train says little: the mean over the last layer serves better (docs/results.md).
+        let geneformer = self.name.starts_with("gf-");
+        let cls = geneformer && vocabulary.cls.is_some();
         ModelConfig {
             vocab,
             width: self.width,
@@ -139,8 +143,8 @@ impl Preset {
             pad_token: 0,
             value_bins: 0,
             attention: Pattern::Dense,
-            pooling: if vocabulary.cls.is_some() { Pooling::Cls } else { Pooling::Mean },
-            layer: -1,
+            pooling: if cls { Pooling::Cls } else { Pooling::Mean },
+            layer: if geneformer { -1 } else { 0 },
             vocabulary,
         }
     }
