@@ -211,7 +211,7 @@ fn bytes_do_not_depend_on_threads_or_memory() {
                 ..PackOptions::default()
             };
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| pack(&[path.clone()], &vocab, &out, &options, &Progress::silent())).unwrap();
+            pool.install(|| pack(std::slice::from_ref(&path), &vocab, &out, &options, &Progress::silent())).unwrap();
             let corpus = Corpus::open(&out).unwrap();
             assert_eq!(corpus.cells(), rows - rows.div_ceil(97));
             let tokens: Vec<Vec<u32>> =
@@ -226,18 +226,6 @@ fn bytes_do_not_depend_on_threads_or_memory() {
     }
 }
 
-fn build_options<'a>() -> BuildOptions<'a> {
-    BuildOptions {
-        counts: None,
-        genes: None,
-        specials: ["<pad>", "<mask>", "<cls>", "<eos>"].map(str::to_string).to_vec(),
-        symbols: None,
-        min_cells: 1,
-        memory_bytes: 2 << 30,
-        allow_non_integer: false,
-    }
-}
-
 #[test]
 fn built_medians_equal_numpy_whatever_the_memory() {
     let want = expected()["built_medians"].as_object().unwrap().clone();
@@ -245,7 +233,7 @@ fn built_medians_equal_numpy_whatever_the_memory() {
     for (name, memory) in
         [("csr_float32_gzip", 2 << 30), ("csc_int32", 1), ("csr_unsorted", 256), ("legacy_compound", 1)]
     {
-        let options = BuildOptions { memory_bytes: memory, ..build_options() };
+        let options = BuildOptions { memory_bytes: memory, ..BuildOptions::default() };
         let built = build(&[fixture(dir.path(), name)], &options).unwrap();
         let v = &built.vocab;
         assert_eq!(
@@ -265,6 +253,26 @@ fn built_medians_equal_numpy_whatever_the_memory() {
         assert_eq!(v.symbol(v.id("ENSG00000000107").unwrap()), Some("SYM1"));
         assert_eq!(built.passes > 1, memory < 1000, "{name}");
     }
+}
+
+#[test]
+fn medians_of_some_cells_know_nothing_of_the_others() {
+    let dir = tempfile::tempdir().unwrap();
+    let input = [fixture(dir.path(), "csr_float32_gzip")];
+    let whole = build(&input, &BuildOptions::default()).unwrap();
+    let out = dir.path().join("all.cells");
+    run(&input, &out, &PackOptions::default()).unwrap();
+    let corpus = Corpus::open(&out).unwrap();
+    let names: Vec<String> = (0..corpus.cells()).map(|c| corpus.cell_id(c).unwrap().to_string()).collect();
+    let some: std::collections::HashSet<String> = names.iter().take(names.len() / 2).cloned().collect();
+    let built = build(&input, &BuildOptions { cells: Some(&some), ..BuildOptions::default() }).unwrap();
+    assert_eq!(built.cells as usize, some.len());
+    assert!(built.vocab.genes() <= whole.vocab.genes());
+    assert_ne!(built.vocab.medians(), whole.vocab.medians(), "half of the cells have medians of their own");
+    let strangers = ["nobody".to_string()].into();
+    let e = build(&input, &BuildOptions { cells: Some(&strangers), ..BuildOptions::default() }).unwrap_err();
+    assert_eq!(e.kind().exit_code(), 3);
+    assert!(e.to_string().contains("nobody"), "{e}");
 }
 
 #[test]
@@ -397,7 +405,7 @@ fn broken_matrices_are_refused_with_slot_and_row() {
     let mut spec = Spec::small();
     spec.genes = ["ENSG00000000100", "ENSG00000000107", "ENSG00000000114"].map(str::to_string).to_vec();
     spec.write(&path);
-    run(&[path.clone()], &dir.path().join("good.cells"), &PackOptions::default()).unwrap();
+    run(std::slice::from_ref(&path), &dir.path().join("good.cells"), &PackOptions::default()).unwrap();
     type Break = fn(&mut Spec);
     let cases: [(Break, &[&str]); 17] = [
         (|s| s.indptr = vec![0, 3, 2], &["X/indptr", "last offset", "4"]),
@@ -430,7 +438,7 @@ fn broken_matrices_are_refused_with_slot_and_row() {
     entries[at].2 = 1.25;
     Spec::csr(rows, columns, &entries).write(&path);
     let e = pack(
-        &[path.clone()],
+        std::slice::from_ref(&path),
         &wide_vocab(columns),
         &dir.path().join("o.cells"),
         &PackOptions::default(),
@@ -439,7 +447,7 @@ fn broken_matrices_are_refused_with_slot_and_row() {
     .unwrap_err();
     assert!(e.to_string().contains("1.25"), "{e}");
     let free = PackOptions { allow_non_integer: true, ..PackOptions::default() };
-    pack(&[path.clone()], &wide_vocab(columns), &dir.path().join("o.cells"), &free, &Progress::silent())
+    pack(std::slice::from_ref(&path), &wide_vocab(columns), &dir.path().join("o.cells"), &free, &Progress::silent())
         .unwrap();
     entries[at].2 = -1.25;
     Spec::csr(rows, columns, &entries).write(&path);
@@ -551,7 +559,7 @@ fn flipped_bytes_never_panic() {
             bytes[at] ^= [0xff, 0x80, 0x01][n % 3];
             std::fs::write(&path, &bytes).unwrap();
             let out = dir.path().join("flip.cells");
-            if let Err(e) = run(&[path.clone()], &out, &PackOptions::default()) {
+            if let Err(e) = run(std::slice::from_ref(&path), &out, &PackOptions::default()) {
                 assert_ne!(e.kind(), Kind::Bug, "{name}, byte {at}: {e}");
                 assert!(!out.exists());
             } else {

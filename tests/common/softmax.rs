@@ -214,10 +214,10 @@ pub fn oracle(c: &Case) -> Results {
                 cosine[k] -= c.margin.as_ref().map_or(0.0, |m| m[k] as f64);
             }
             let mut bias = c.bias.as_ref().map_or(0.0, |b| b[k] as f64);
-            if let Aim::Same { row_label, column_label, same_bias: Some(b), .. } = &c.aim {
-                if row_label[i] == column_label[k] {
-                    bias = b[k] as f64;
-                }
+            if let Aim::Same { row_label, column_label, same_bias: Some(b), .. } = &c.aim
+                && row_label[i] == column_label[k]
+            {
+                bias = b[k] as f64;
             }
             s[k] = scale(k) * cosine[k] + bias;
             if t[k] > 0.0 {
@@ -234,9 +234,9 @@ pub fn oracle(c: &Case) -> Results {
             let g = c.gradient_scale as f64 * kappa * (probability[k] - t[k]);
             out.dbias[k] += g;
             out.dscale[k] += g * cosine[k];
-            for j in 0..d {
+            for (j, z) in z.iter().enumerate() {
                 out.dz[i * d + j] += g * scale(k) * c.column[k * d + j] as f64;
-                out.dcolumn[k * d + j] += g * scale(k) * z[j] as f64;
+                out.dcolumn[k * d + j] += g * scale(k) * *z as f64;
             }
         }
     }
