@@ -607,4 +607,50 @@ fn the_program_packs_and_reports() {
     assert_eq!((json["cells"].as_u64(), json["empty_cells"].as_u64()), (Some(27), Some(2)));
     assert_eq!(json["files"][0]["genes"]["duplicated"], 1);
     assert!(String::from_utf8_lossy(&packed.stderr).contains("21 of 23 names matched"));
+    // What was packed stays as it is.
+    let mut again = program();
+    arguments(&mut again);
+    assert_eq!(again.args(["--counts", "raw"]).output().unwrap().status.code(), Some(2));
+    assert!(Corpus::open(&out).unwrap().verify().is_ok());
+}
+
+#[test]
+fn the_program_tells_bad_input_from_bad_usage() {
+    let dir = tempfile::tempdir().unwrap();
+    let input = fixture(dir.path(), "csr_float32_gzip");
+    let empty = dir.path().join("empty.h5ad");
+    std::fs::write(&empty, b"").unwrap();
+    let (absent, out) = (dir.path().join("absent"), dir.path().join("out"));
+    let (vocab, tokens) = (golden("V.tsv"), golden("tokens.json"));
+    let path = |p: &Path| p.to_str().unwrap().to_string();
+    let pack = |input: &Path, vocab: &Path, more: &[&str]| {
+        let mut all =
+            vec!["pack".to_string(), path(input), "--vocab".into(), path(vocab), "--out".into(), path(&out)];
+        all.extend(more.iter().map(|s| s.to_string()));
+        all
+    };
+    let make = |command: &str, input: &Path| {
+        vec!["vocab".to_string(), command.into(), path(input), "--out".into(), path(&out)]
+    };
+    let cases: [(Vec<String>, i32, &str); 12] = [
+        (pack(&absent, &vocab, &[]), 3, "absent"),
+        (pack(&empty, &vocab, &[]), 3, "the file is empty"),
+        (pack(&input, &absent, &[]), 3, "vocab build"),
+        (pack(&input, &tokens, &[]), 3, "not a cellrefine vocabulary"),
+        (pack(&input, &vocab, &["--gene-map", &path(&empty)]), 3, "gene map"),
+        (pack(&input, &vocab, &["--obs", "nothing"]), 3, "obs"),
+        (pack(&input, &vocab, &["--counts", "raw"]), 3, "no raw/X"),
+        (pack(&input, &vocab, &["--memory", "1K"]), 2, "16M"),
+        (pack(&input, &vocab, &["--min-gene-match", "7"]), 2, "share"),
+        (make("build", &empty), 3, "the file is empty"),
+        (make("convert", &empty), 3, "the dictionary is empty"),
+        (make("convert", &golden("medians.json")), 3, "swapped"),
+    ];
+    for (arguments, code, needle) in cases {
+        let done = program().args(&arguments).output().unwrap();
+        let stderr = String::from_utf8_lossy(&done.stderr);
+        assert_eq!(done.status.code(), Some(code), "{arguments:?}: {stderr}");
+        assert!(stderr.contains(needle) && done.stdout.is_empty(), "{needle:?} not in: {stderr}");
+        assert!(!out.exists(), "{arguments:?} left something behind");
+    }
 }
