@@ -127,14 +127,14 @@ def chain(lab, tag, name, split, seed):
     tune("plain", pretrained, REFINE_EPOCHS)
     tune("plain-tuned", runs("plain"), TUNE_EPOCHS)
     batch = ["--batch-key", DATASETS[name]["batch"]] if DATASETS[name]["batch"] else []
-    cells = lab.path(f"{tag}-split.json")
     out = {}
     for arm in ("pretrained", "refined", "tuned", "refined-tuned", "plain-tuned"):
         out[arm] = lab.run(f"{tag}/eval-{arm}", ["eval", "--corpus", corpus, "--checkpoint", runs(arm), *label, *split, "--seed", seed,
-                                                "--markers", derived, *batch, "--split-out", cells])["metrics"]
+                                                "--markers", derived, *batch])["metrics"]
     out["baselines"] = lab.run(f"{tag}/baselines", [
-        os.path.join(HERE, "baselines.py"), source, "--label", "cell_type", "--split", cells, "--vocab", vocab, "--markers", curated,
-        "--marker-map", mapping], program=[sys.executable])
+        os.path.join(HERE, "baselines.py"), source, "--label", "cell_type", "--split", os.path.join(runs("tuned"), "split.tsv"), "--vocab", vocab,
+        "--markers", curated, "--marker-map", mapping, *[x for e in DATASETS[name]["exclude"] for x in ("--exclude", e)]],
+        program=[sys.executable])
     return out
 
 
@@ -155,14 +155,13 @@ def few_labels(lab, name, seed, counts):
         lab.run(f"{tag}/partly-{n}", ["refine", *common, *some, "--checkpoint", pretrained, *markers,
                                       "--set", f"train.epochs={REFINE_EPOCHS}", "--out", partly])
         lab.run(f"{tag}/tuned-{n}", ["finetune", *common, *some, "--checkpoint", pretrained, "--set", "train.steps=100", "--out", tuned])
-        cells = lab.path(f"{tag}-split-{n}.json")
         evaluate = lambda arm, run: lab.run(f"{tag}/eval-{arm}-{n}", ["eval", "--corpus", corpus, "--checkpoint", run, *some, "--seed", seed,
-                                                                     *markers, "--split-out", cells])["metrics"]
+                                                                     *markers])["metrics"]
         out[n] = {arm: evaluate(arm, run) for arm, run in
                   (("pretrained", pretrained), ("label-free", free), ("partly", partly), ("tuned", tuned))}
         out[n]["baselines"] = lab.run(f"{tag}/baselines-{n}", [
-            os.path.join(HERE, "baselines.py"), source, "--label", "cell_type", "--split", cells, "--vocab", vocab,
-            "--methods", "logistic_regression"], program=[sys.executable])
+            os.path.join(HERE, "baselines.py"), source, "--label", "cell_type", "--split", os.path.join(tuned, "split.tsv"),
+            "--methods", "logistic_regression", *[x for e in DATASETS[name]["exclude"] for x in ("--exclude", e)]], program=[sys.executable])
     return out
 
 

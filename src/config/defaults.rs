@@ -111,6 +111,7 @@ impl Settings {
             finetune: FinetuneSettings {
                 class_weights: ClassWeights::EffectiveNumber,
                 beta: 0.999,
+                head: HeadStart::Prototypes,
                 freeze_layers: 0,
             },
             objective: ObjectiveConfig::default(),

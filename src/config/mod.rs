@@ -154,6 +154,17 @@ pub enum ClassWeights {
     EffectiveNumber,
 }
 
+/// Where the classifier of `finetune` starts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum HeadStart {
+    /// At the checkpoint's prototypes, for the classes that have one: nearest prototype, then trained further. Without
+    /// prototypes, as `random`.
+    Prototypes,
+    /// At small random values.
+    Random,
+}
+
 /// The classifier of `finetune`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -162,6 +173,8 @@ pub struct FinetuneSettings {
     pub class_weights: ClassWeights,
     /// β of the effective-number weights.
     pub beta: f64,
+    /// First weights of the classifier.
+    pub head: HeadStart,
     /// Encoder layers, from the input, that do not train; with 1 or more the embeddings do not train either.
     pub freeze_layers: usize,
 }

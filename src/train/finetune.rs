@@ -14,6 +14,7 @@ use crate::eval::metrics::classification;
 use crate::model::heads::{self, Classify};
 use crate::model::weights::{Classification, Classifier};
 use crate::model::{Layout, ModelConfig, Store, checkpoint};
+use crate::objective::prototype_file::StoredPrototypes;
 use crate::ops::{Backend, reduce};
 use std::path::Path;
 
@@ -101,6 +102,39 @@ impl<B: Backend<A>, A: Act> Finetune<B, A> {
             },
             _act: std::marker::PhantomData,
         })
+    }
+
+    /// Starts the classes that have a prototype p_k, by name, at its cosine logit
+    /// `(h - centre) · p_k / (τ R) `, R the mean distance of prototypes from the centre. Returns how many those are; none where
+    /// the prototypes belong to another layer or pooling.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn start_at(&mut self, trunk: &Trunk<B, A>, stored: &StoredPrototypes) -> Result<usize> {
+        let config = trunk.config();
+        if stored.layer != config.layer || stored.pooling != config.pooling {
+            return Ok(0);
+        }
+        let width = config.width;
+        let away: Vec<f32> =
+            stored.vectors.chunks_exact(width).flat_map(|q| q.iter().zip(&stored.centre).map(|(q, c)| q - c)).collect();
+        let norms: Vec<f32> =
+            away.chunks_exact(width).map(|q| q.iter().map(|x| x * x).sum::<f32>().sqrt().max(1e-12)).collect();
+        let radius = norms.iter().sum::<f32>() / norms.len().max(1) as f32;
+        let mut classifier = self.host(&trunk.dev)?;
+        let mut started = 0;
+        for (k, name) in self.labels.classes.iter().enumerate() {
+            let Some(at) = stored.names.iter().position(|n| n == name) else { continue };
+            let scale = 1.0 / (stored.temperature * radius * norms[at]);
+            let row = &mut classifier.weight[k * width..(k + 1) * width];
+            row.iter_mut().zip(&away[at * width..]).for_each(|(w, q)| *w = scale * q);
+            classifier.bias[k] = -row.iter().zip(&stored.centre).map(|(w, c)| w * c).sum::<f32>();
+            started += 1;
+        }
+        let named = self.weight.named_mut();
+        trunk.dev.write(&mut named.weight, &classifier.weight)?;
+        trunk.dev.write(&mut named.bias, &classifier.bias)?;
+        Ok(started)
     }
 
     /// The weights on the host.

@@ -12,7 +12,7 @@ use super::run::{Session, run};
 use super::summary::RunSummary;
 use super::task::Task;
 use super::trunk::Trunk;
-use crate::config::{Precision, Stage};
+use crate::config::{HeadStart, Precision, Stage};
 use crate::corpus::splits::SplitRule;
 use crate::corpus::{Sampler, Sampling};
 use crate::cpu::Cpu;
@@ -22,6 +22,7 @@ use crate::genes::markers::MarkerSets;
 use crate::model::Parameters;
 use crate::model::checkpoint::{self, LoadOptions};
 use crate::model::weights::Parameter;
+use crate::objective::prototype_file::StoredPrototypes;
 use crate::ops::Backend;
 use crate::ops::gene_attention::Pattern;
 use half::bf16;
@@ -99,6 +100,14 @@ fn finetune_on<B: Backend<A>, A: Act>(
     let mut trunk = trunk::<B, A>(dev, &opened, |p| learns_below(p, depth, frozen))?;
     let (learning_rate, seed) = (settings.optimizer.head_learning_rate, settings.seed);
     let mut task = Finetune::new(&trunk, &settings.finetune, labels, &counts, learning_rate, seed)?;
+    if let (HeadStart::Prototypes, Some(folder)) = (settings.finetune.head, &opened.start)
+        && let Some(stored) = StoredPrototypes::read(folder, opened.config.width)?
+    {
+        let classes = task.start_at(&trunk, &stored)?;
+        if classes > 0 {
+            observer.note(&format!("the classifier starts at the checkpoint's prototypes for {classes} classes"));
+        }
+    }
     let folder = opened.claim(&inputs.out)?;
     finish(Stage::Finetune, opened, folder, inputs, identity, &mut trunk, &mut task, sampler, observer)
 }
