@@ -236,9 +236,12 @@ pub fn evaluate<B: Backend<A>, A: Act>(
     // Zero-shot: prototypes and markers over the same types.
     let raw = request.markers.as_ref().map(|m| m.load(corpus)).transpose()?;
     let allow = request.markers.as_ref().is_some_and(|m| m.allow_unmatched);
-    let stored = StoredPrototypes::read(embedder.folder(), width)?.filter(|s| {
-        request.prototypes.is_none() && s.layer == embedder.layer() && s.pooling == embedder.pooling()
-    });
+    let mut stored =
+        StoredPrototypes::read(embedder.folder(), width)?.filter(|_| request.prototypes.is_none());
+    if stored.as_ref().is_some_and(|s| s.layer != embedder.layer() || s.pooling != embedder.pooling()) {
+        notes.push("the checkpoint's prototypes belong to another layer or pooling: left out".into());
+        stored = None;
+    }
     let names = stored.as_ref().map_or_else(|| labels.classes.clone(), |s| s.names.clone());
     let markers = raw
         .as_ref()
