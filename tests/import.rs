@@ -211,7 +211,8 @@ fn bytes_do_not_depend_on_threads_or_memory() {
                 ..PackOptions::default()
             };
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| pack(std::slice::from_ref(&path), &vocab, &out, &options, &Progress::silent())).unwrap();
+            pool.install(|| pack(std::slice::from_ref(&path), &vocab, &out, &options, &Progress::silent()))
+                .unwrap();
             let corpus = Corpus::open(&out).unwrap();
             assert_eq!(corpus.cells(), rows - rows.div_ceil(97));
             let tokens: Vec<Vec<u32>> =
@@ -447,8 +448,14 @@ fn broken_matrices_are_refused_with_slot_and_row() {
     .unwrap_err();
     assert!(e.to_string().contains("1.25"), "{e}");
     let free = PackOptions { allow_non_integer: true, ..PackOptions::default() };
-    pack(std::slice::from_ref(&path), &wide_vocab(columns), &dir.path().join("o.cells"), &free, &Progress::silent())
-        .unwrap();
+    pack(
+        std::slice::from_ref(&path),
+        &wide_vocab(columns),
+        &dir.path().join("o.cells"),
+        &free,
+        &Progress::silent(),
+    )
+    .unwrap();
     entries[at].2 = -1.25;
     Spec::csr(rows, columns, &entries).write(&path);
     let e = pack(&[path], &wide_vocab(columns), &dir.path().join("p.cells"), &free, &Progress::silent())

@@ -116,10 +116,15 @@ impl<B: Backend<A>, A: Act> Finetune<B, A> {
             return Ok(0);
         }
         let width = config.width;
-        let away: Vec<f32> =
-            stored.vectors.chunks_exact(width).flat_map(|q| q.iter().zip(&stored.centre).map(|(q, c)| q - c)).collect();
-        let norms: Vec<f32> =
-            away.chunks_exact(width).map(|q| q.iter().map(|x| x * x).sum::<f32>().sqrt().max(1e-12)).collect();
+        let away: Vec<f32> = stored
+            .vectors
+            .chunks_exact(width)
+            .flat_map(|q| q.iter().zip(&stored.centre).map(|(q, c)| q - c))
+            .collect();
+        let norms: Vec<f32> = away
+            .chunks_exact(width)
+            .map(|q| q.iter().map(|x| x * x).sum::<f32>().sqrt().max(1e-12))
+            .collect();
         let radius = norms.iter().sum::<f32>() / norms.len().max(1) as f32;
         let mut classifier = self.host(&trunk.dev)?;
         let mut started = 0;

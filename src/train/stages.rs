@@ -105,7 +105,8 @@ fn finetune_on<B: Backend<A>, A: Act>(
     {
         let classes = task.start_at(&trunk, &stored)?;
         if classes > 0 {
-            observer.note(&format!("the classifier starts at the checkpoint's prototypes for {classes} classes"));
+            observer
+                .note(&format!("the classifier starts at the checkpoint's prototypes for {classes} classes"));
         }
     }
     let folder = opened.claim(&inputs.out)?;
