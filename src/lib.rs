@@ -15,11 +15,14 @@
 //! | [`objective`] | prototypes and the five terms of the refine loss |
 //! | [`train`] | steps, schedules, optimiser, run folders, resume |
 //! | [`eval`] | embeddings, metrics, probes, splits, zero-shot annotation |
-//! | [`report`], [`bench`] | run records; timings against counted floors |
+//! | [`report`], [`mod@bench`] | run records; timings against counted floors |
 //! | [`cli`] | one file per command |
 //!
 //! Shape letters, everywhere: N packed tokens, C cells, L layers, D width, H heads, K head width, F feed-forward width,
 //! V vocabulary, P prototypes, M masked tokens.
+
+// Module pages point at their private parts: whoever reads them reads the source as well.
+#![allow(rustdoc::private_intra_doc_links)]
 
 pub mod bench;
 pub mod cli;

@@ -1,6 +1,6 @@
 //! The corpus: tokenised cells on disk, and everything that draws cells from it.
 //!
-//! A cell is a run of gene ids in rank order. [`format`] says how the runs lie on disk, [`writer`] puts them there, [`merge`](mod@merge) joins,
+//! A cell is a run of gene ids in rank order. [`mod@format`] says how the runs lie on disk, [`writer`] puts them there, [`merge`](mod@merge) joins,
 //! [`reader`] maps them back without a copy, [`splits`] divides the cells, [`sampler`] orders them, [`batch`] packs them.
 //! One CSR throughout: `cell_start` (C+1) over packed `gene` (N), on disk as in a batch.
 

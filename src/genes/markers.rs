@@ -260,7 +260,7 @@ fn pairs(name: &str) -> Vec<(char, char)> {
     c.windows(2).map(|w| (w[0], w[1])).collect()
 }
 
-/// Reads `--marker-map`: label<TAB>set name, one a line; `#` and blank lines are passed over.
+/// Reads `--marker-map`: `label<TAB>set name`, one a line; `#` and blank lines are passed over.
 pub fn read_marker_map(path: &Path) -> Result<Vec<(String, String)>> {
     let text = super::mapping::read_text(path)?;
     let mut map: Vec<(String, String)> = Vec::new();
