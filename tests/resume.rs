@@ -280,6 +280,34 @@ fn refine_learns_the_types_and_finetune_classifies_them() {
 }
 
 #[test]
+fn a_classifier_starts_at_the_refined_prototypes() {
+    let case = Case::new();
+    let long = ["train.steps=120", "optimizer.learning_rate=5e-3", "train.eval_every=40"];
+    let pre = stages::pretrain(&case.inputs("pre", &long), &mut Script::default()).unwrap();
+    let refined = refine(&on(&pre.out, case.inputs("refined", &long)), &mut Script::default()).unwrap();
+    // One step that moves nothing: what is scored is the start.
+    let still = [
+        "train.steps=1",
+        "train.eval_every=1",
+        "optimizer.learning_rate=1e-12",
+        "optimizer.head_learning_rate=1e-12",
+    ];
+    let start = |out: &str, head: &str| {
+        let mut script = Script::default();
+        let set = [&still[..], &[head]].concat();
+        let tuned = stages::finetune(&on(&refined.out, case.inputs(out, &set)), &mut script).unwrap();
+        (
+            tuned.best.unwrap().value,
+            script.notes.iter().any(|n| n.contains("starts at the checkpoint's prototypes")),
+        )
+    };
+    let (prototypes, said) = start("prototypes", "finetune.head=prototypes");
+    let (random, said_of_random) = start("random", "finetune.head=random");
+    assert!(said && !said_of_random);
+    assert!(prototypes > 0.8 && prototypes > random + 0.2, "{prototypes} {random}");
+}
+
+#[test]
 fn bf16_resumes_bit_for_bit() {
     let case = Case::new();
     let set = ["train.steps=6", "train.precision=bf16"];
