@@ -1,8 +1,8 @@
 //! Built-in settings per stage, chosen by the encoder's width.
 //!
 //! Encoders of up to 256 columns learn at 1e-3 and more; the published checkpoints (512 and wider) are refined gently.
-//! The values for small encoders were found on 10^3..10^4 labelled cells (docs/results.md); those for wide ones follow
-//! Geneformer's published recipes.
+//! The values for small encoders are those that a PyTorch reference of the method used on 10^3..10^4 labelled cells, not tuned
+//! again here; those for wide ones follow Geneformer's published recipes.
 
 use super::*;
 use crate::model::ModelConfig;

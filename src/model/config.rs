@@ -126,7 +126,7 @@ impl Preset {
     pub fn config(self, vocab: usize, vocabulary: Vocabulary) -> ModelConfig {
         let dropout = self.dropout_percent as f32 / 100.0;
         // Geneformer's sizes keep its conventions. In a small encoder every layer counts, and a `<cls>` that masked genes never
-        // train says little: the mean over the last layer serves better (docs/results.md).
+        // train says little.
         let geneformer = self.name.starts_with("gf-");
         let cls = geneformer && vocabulary.cls.is_some();
         ModelConfig {
