@@ -157,6 +157,7 @@ fn run_seed(
             checkpoint: run(name),
             label: LABEL.into(),
             split: SplitChoice { seed: Some(seed), ..SplitChoice::default() },
+            part: Default::default(),
             markers: Some(MarkerChoice { file: markers.to_path_buf(), ..MarkerChoice::default() }),
             evidence: None,
             prototypes: None,

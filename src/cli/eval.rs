@@ -7,7 +7,7 @@ use crate::corpus::Corpus;
 use crate::cpu::Cpu;
 use crate::device::Act;
 use crate::error::{Error, Result};
-use crate::eval::evaluate::{Request, SplitChoice, evaluate};
+use crate::eval::evaluate::{Part, Request, SplitChoice, evaluate};
 use crate::eval::frozen::FrozenSettings;
 use crate::eval::metrics::ShareThresholds;
 use crate::eval::probe::ProbeSettings;
@@ -47,6 +47,9 @@ pub struct Flags {
     /// Test on the cells of one value: COLUMN=VALUE.
     #[arg(long, value_name = "COL=VALUE")]
     holdout: Option<String>,
+    /// The cells that are scored: val to choose settings, so that the test cells stay unseen.
+    #[arg(long, value_enum, default_value_t = Part::Test)]
+    part: Part,
     /// Label value left out of every part (may be repeated) [default: the run's].
     #[arg(long, value_name = "VALUE")]
     exclude_label: Vec<String>,
@@ -102,6 +105,7 @@ pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
             labels_per_class: flags.labels_per_class,
             seed: global.seed,
         },
+        part: flags.part,
         markers: flags.markers.as_deref().map(|file| flags.marker.choice(file)),
         evidence: flags.evidence,
         prototypes: flags.marker.mode(),

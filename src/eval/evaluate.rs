@@ -72,6 +72,17 @@ impl MarkerChoice {
     }
 }
 
+/// The cells that are scored.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Part {
+    /// Test cells.
+    #[default]
+    Test,
+    /// Validation cells: for choosing settings, so that the test cells stay unseen.
+    Val,
+}
+
 /// What to evaluate.
 pub struct Request {
     /// The cells.
@@ -82,6 +93,8 @@ pub struct Request {
     pub label: String,
     /// Division of the cells.
     pub split: SplitChoice,
+    /// The cells that are scored.
+    pub part: Part,
     /// Marker sets.
     pub markers: Option<MarkerChoice>,
     /// What recall@k and a prototype prediction go by.
@@ -202,7 +215,11 @@ pub fn evaluate<B: Backend<A>, A: Act>(
     } else {
         labelled(&split.train, class)
     };
-    let (test, truth) = labelled(&split.test, class);
+    let scored = match request.part {
+        Part::Test => &split.test,
+        Part::Val => &split.val,
+    };
+    let (test, truth) = labelled(scored, class);
     check_parts(request, &split, &visible_labels, &test)?;
     let mut train_counts = vec![0usize; labels.classes.len()];
     split.train.iter().filter_map(|&c| class(c)).for_each(|k| train_counts[k] += 1);
@@ -345,6 +362,7 @@ pub fn evaluate<B: Backend<A>, A: Act>(
         train_counts,
         thresholds: request.thresholds,
         split_origin,
+        part: request.part,
         split: split.record(),
         train_cells: visible.len(),
         test_cells: test.len(),
@@ -357,12 +375,13 @@ pub fn evaluate<B: Backend<A>, A: Act>(
 fn check_parts(request: &Request, split: &Split, visible: &[usize], test: &[u32]) -> Result<()> {
     let at = |e: Error| e.at(format!("{}, obs column {:?}", request.corpus.path().display(), request.label));
     if visible.is_empty() || test.is_empty() {
+        let (part, example) = match request.part {
+            Part::Test => ("test", "train=0.67,test=0.33"),
+            Part::Val => ("validation", "train=0.5,val=0.17,test=0.33"),
+        };
         return Err(at(Error::input("the split leaves no labelled cells to train or test on"))
-            .found(format!("{} labelled training cells, {} labelled test cells", visible.len(), test.len()))
-            .next(format!(
-                "--split train=0.67,test=0.33 (the corpus has {} cells)",
-                request.corpus.cells()
-            )));
+            .found(format!("{} labelled training cells, {} labelled {part} cells", visible.len(), test.len()))
+            .next(format!("--split {example} (the corpus has {} cells)", request.corpus.cells())));
     }
     let first = visible[0];
     if visible.iter().all(|&l| l == first) {

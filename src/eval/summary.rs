@@ -34,6 +34,8 @@ pub struct Evaluation {
     pub thresholds: ShareThresholds,
     /// Where the split came from, for people.
     pub split_origin: String,
+    /// The cells that were scored.
+    pub part: super::evaluate::Part,
     /// The split.
     pub split: SplitRecord,
     /// Labelled training cells used.
@@ -82,6 +84,7 @@ impl Evaluation {
         json!({
             "checkpoint": self.checkpoint,
             "cells": self.test_cells,
+            "scored": self.part,
             "split": {"source": self.split_origin, "spec": self.split.spec, "train": self.split.cells[0],
                 "val": self.split.cells[1], "test": self.split.cells[2], "labelled_train": self.train_cells},
             "metrics": {
@@ -124,8 +127,13 @@ impl Evaluation {
         let [train, val, test] = self.split.cells;
         let _ = writeln!(
             out,
-            "cells   {train} train ({} labelled), {val} validation, {test} test ({} labelled: scored)\n",
-            self.train_cells, self.test_cells
+            "cells   {train} train ({} labelled), {val} validation, {test} test; scored: {} labelled {} cells\n",
+            self.train_cells,
+            self.test_cells,
+            match self.part {
+                super::evaluate::Part::Test => "test",
+                super::evaluate::Part::Val => "validation",
+            }
         );
         let _ = writeln!(
             out,
