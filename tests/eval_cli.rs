@@ -238,6 +238,25 @@ fn eval_with_markers_scores_each_evidence_and_batches() {
 }
 
 #[test]
+fn the_validation_part_is_scored_where_it_is_asked_for() {
+    let f = fixture();
+    let (x, run) = (f.text("x.cells"), f.text("run"));
+    let eval = ["eval", "--corpus", &x, "--checkpoint", &run, "--label", LABEL, "--split"];
+    let json = ok(&[&eval[..], &["train=0.5,val=0.2,test=0.3", "--part", "val"]].concat());
+    assert_eq!(json["scored"], "val");
+    // Every bundled cell has a label.
+    assert_eq!(json["cells"], json["split"]["val"]);
+    let test = ok(&[&eval[..], &["train=0.5,val=0.2,test=0.3"]].concat());
+    assert_eq!((&test["scored"], &test["cells"]), (&Value::from("test"), &test["split"]["test"]));
+    assert_ne!(json["metrics"], test["metrics"]);
+    fails(
+        &[&eval[..], &["train=0.67,test=0.33", "--part", "val"]].concat(),
+        3,
+        &["0 labelled validation cells"],
+    );
+}
+
+#[test]
 fn a_perfect_classifier_and_perfect_prototypes_are_recognised() {
     // Prototypes and weights made from the answer: whoever mixes up classes, columns or cells fails here.
     let f = fixture();

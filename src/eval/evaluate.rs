@@ -11,7 +11,7 @@ use super::metrics::{Classification, ShareThresholds, classification, recall_at}
 use super::mixing::{Mixing, mixing};
 use super::rows::Rows;
 use super::summary::Evaluation;
-use super::zero_shot::{Evidence, MarkerScale, combine, cosines, top};
+use super::zero_shot::{Evidence, MarkerScale, combine, cosines, top, with_markers};
 use crate::corpus::splits::{SplitRecord, SplitRule};
 use crate::corpus::{Corpus, Labels, Split, SplitSpec};
 use crate::device::Act;
@@ -242,9 +242,10 @@ pub fn evaluate<B: Backend<A>, A: Act>(
     let mut methods: Vec<(&'static str, Classification)> = Vec::new();
     let own_space =
         embedder.layer() == embedder.config().layer && embedder.pooling() == embedder.config().pooling;
-    if let Some(c) = checkpoint::read_classifier(embedder.folder(), width)?.filter(|_| own_space) {
+    let classifier = checkpoint::read_classifier(embedder.folder(), width)?.filter(|_| own_space);
+    let logits = classifier.as_ref().map(|c| heads::logits(&test_rows, &c.weights)).unwrap_or_default();
+    if let Some(c) = &classifier {
         let predicted = class_of_names(&c.labels, &labels.classes, &mut classes);
-        let logits = heads::logits(&test_rows, &c.weights);
         let predicted: Vec<usize> =
             logits.chunks_exact(c.labels.len()).map(|r| predicted[top(r, 1)[0]]).collect();
         methods.push(("classifier", classification(&truth, &predicted, classes.len())?));
@@ -273,6 +274,19 @@ pub fn evaluate<B: Backend<A>, A: Act>(
         }
         _ => None,
     };
+    if let (Some(c), Some(u)) = (&classifier, &marker_test) {
+        let map = raw.as_ref().and_then(|(_, map)| map.as_deref());
+        let column: Option<Vec<usize>> = c.labels.iter().map(|l| column_of(l, &names, map)).collect();
+        if let Some(column) = column {
+            let predicted = class_of_names(&c.labels, &labels.classes, &mut classes);
+            let called: Vec<usize> = logits
+                .chunks_exact(column.len())
+                .zip(u.chunks_exact(names.len()))
+                .map(|(logits, u)| predicted[top(&with_markers(logits, u, &column), 1)[0]])
+                .collect();
+            methods.push(("classifier_markers", classification(&truth, &called, classes.len())?));
+        }
+    }
     let prototypes = match stored {
         Some(s) => Some(Prototypes { vectors: s.vectors, centre: s.centre, origin: "checkpoint" }),
         None => {
@@ -333,10 +347,11 @@ pub fn evaluate<B: Backend<A>, A: Act>(
     methods.push(("knn", frozen.knn.clone()));
     let zero_shot = evidence.filter(|_| request.evidence.is_some() || cosine.is_some()).map(Evidence::name);
     let rank = |name: &str| match name {
-        "classifier" => 0,
-        n if Some(n) == zero_shot => 1,
-        "linear_probe" => 2,
-        _ => 3,
+        "classifier_markers" if request.evidence == Some(Evidence::Both) => 0,
+        "classifier" => 1,
+        n if Some(n) == zero_shot => 2,
+        "linear_probe" => 3,
+        _ => 4,
     };
     let (predictor, own) = methods.iter().min_by_key(|(n, _)| rank(n)).cloned().expect("the probe is there");
 

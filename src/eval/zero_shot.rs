@@ -5,6 +5,7 @@
 //! markers     s_ik = u_ik / max_{j in reference} u_jk   u: marker score of the rank tokens
 //! both        s_ik = the sum of the two
 //! p_ik = softmax_k(s_ik / τ)
+//! beside a classifier's logits l: softmax_k(l_ik + u_ik / (τ max_j u_jk))
 //! ```
 //!
 //! Why these forms. The cosine is taken after subtracting μ because all embeddings of a post-LN encoder share one large
@@ -115,6 +116,12 @@ pub fn combine(evidence: Evidence, cosines: Option<&[f32]>, markers: Option<&[f3
     }
 }
 
+/// Classifier logits (classes) with marker evidence beside them: `logit_c + u_c / τ`, `u` (P) scaled scores, `column` the type of
+/// each class. The product of the classifier's softmax and that of the markers.
+pub fn with_markers(logits: &[f32], u: &[f32], column: &[usize]) -> Vec<f32> {
+    logits.iter().zip(column).map(|(logit, k)| logit + u[*k] / TEMPERATURE).collect()
+}
+
 /// Softmax over types of s / τ, (C, P), in place.
 pub fn posterior(scores: &mut [f32], types: usize, temperature: f32) {
     for row in scores.chunks_exact_mut(types.max(1)) {
@@ -146,6 +153,20 @@ mod tests {
             .unwrap();
         assert_eq!(c, [1.0, 0.0, -1.0, 0.0]);
         assert!(cosines(Rows::new(&cells, 2).unwrap(), Rows::new(&prototypes, 2).unwrap(), &[0.0]).is_err());
+    }
+
+    #[test]
+    fn markers_beside_a_classifier_are_a_product_too_in_the_classes_order() {
+        let (logits, u, column) = ([1.0f32, -2.0, 0.5], [0.1f32, 0.8, 0.4, 0.3], [3usize, 0, 1]);
+        let mut both = with_markers(&logits, &u, &column);
+        let mut classifier = logits.to_vec();
+        let mut markers: Vec<f32> = column.iter().map(|k| u[*k]).collect();
+        posterior(&mut both, 3, 1.0);
+        posterior(&mut classifier, 3, 1.0);
+        posterior(&mut markers, 3, TEMPERATURE);
+        let product: Vec<f32> = classifier.iter().zip(&markers).map(|(a, b)| a * b).collect();
+        let sum: f32 = product.iter().sum();
+        both.iter().zip(&product).for_each(|(b, p)| assert!((b - p / sum).abs() < 1e-5, "{both:?}"));
     }
 
     #[test]
