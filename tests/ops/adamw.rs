@@ -1,9 +1,9 @@
 //! AdamW: its formula in f64, torch.optim.AdamW, no step on a bad norm, the rounded copy.
 
+use crate::ActSample;
 use crate::common::cases;
 use crate::common::close::{assert_close, assert_same_bits, wide};
 use crate::common::guarded::{input, poisoned};
-use crate::{ActSample, on_every_backend};
 use cellrefine::ops::{adamw, reduce};
 
 on_every_backend!(A: follows_the_formula, rounding_copies_all_weights);

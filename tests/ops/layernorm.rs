@@ -3,7 +3,7 @@
 use crate::common::close::{assert_close, assert_rounded, assert_same_bits, rounding_bound, wide};
 use crate::common::guarded::{input, poisoned};
 use crate::common::{cases, naive};
-use crate::{ActSample, DROPOUT, on_every_backend};
+use crate::{ActSample, DROPOUT};
 use cellrefine::device::Dropout;
 use cellrefine::ops::layernorm;
 

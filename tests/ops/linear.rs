@@ -1,9 +1,9 @@
 //! Matrix products with bias, ReLU and accumulation, at sizes round the tiles; NaN passes through ReLU.
 
+use crate::ActSample;
 use crate::common::close::{assert_rounded, assert_same_bits, wide};
 use crate::common::guarded::{input, poisoned};
 use crate::common::{cases, naive};
-use crate::{ActSample, on_every_backend};
 use cellrefine::ops::linear;
 
 on_every_backend!(A: forward, backward_input, backward_weight, same_bits_for_any_thread_count, relu_keeps_nan);

@@ -25,7 +25,6 @@ macro_rules! on_every_backend {
         }
     };
 }
-pub(crate) use on_every_backend;
 
 mod adamw;
 mod embed;

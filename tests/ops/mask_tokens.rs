@@ -3,7 +3,6 @@
 use crate::common::cases;
 use crate::common::close::assert_same_bits;
 use crate::common::guarded::{input, poisoned};
-use crate::on_every_backend;
 use cellrefine::ops::mask_tokens;
 use cellrefine::rng;
 

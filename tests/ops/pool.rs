@@ -1,9 +1,9 @@
 //! The vector of a cell: its first token or the mean of its genes, special tokens left out.
 
+use crate::ActSample;
 use crate::common::cases;
 use crate::common::close::{assert_close, assert_rounded};
 use crate::common::guarded::{input, poisoned};
-use crate::{ActSample, on_every_backend};
 use cellrefine::ops::pool;
 
 on_every_backend!(A: forward_and_backward);

@@ -3,7 +3,6 @@
 use crate::common::cases;
 use crate::common::close::assert_same_bits;
 use crate::common::guarded::input;
-use crate::on_every_backend;
 use cellrefine::ops::reduce;
 
 on_every_backend!(sums_are_f64_in_fixed_order);

@@ -1,9 +1,9 @@
 //! Rows gathered by an index and added back.
 
+use crate::ActSample;
 use crate::common::cases;
 use crate::common::close::{assert_rounded, assert_same_bits, wide};
 use crate::common::guarded::{input, poisoned};
-use crate::{ActSample, on_every_backend};
 use cellrefine::ops::rows;
 
 on_every_backend!(A: gather_and_scatter);
