@@ -10,7 +10,7 @@
 //! | [`import`] | sources of cells with counts (`.h5ad`), one row at a time, in bounded memory |
 //! | [`genes`] | vocabulary, gene-id mapping, rank tokenisation, marker sets |
 //! | [`corpus`] | the memory-mapped corpus: writer, reader, sampler, packed batches |
-//! | [`device`], [`ops`], [`cpu`] | the backend boundary: buffers, the maths of each op with its shape checks, the CPU's kernels |
+//! | [`backend`], [`device`], [`ops`], [`cpu`] | the backend boundary: buffers, the maths of each op with its shape checks, the CPU's kernels |
 //! | [`model`] | the BERT encoder, forward and backward by hand, over one flat parameter store |
 //! | [`objective`] | prototypes and the five terms of the refine loss |
 //! | [`train`] | steps, schedules, optimiser, run folders, resume |
@@ -24,6 +24,7 @@
 // Module pages point at their private parts: whoever reads them reads the source as well.
 #![allow(rustdoc::private_intra_doc_links)]
 
+pub mod backend;
 pub mod bench;
 pub mod cli;
 pub mod config;

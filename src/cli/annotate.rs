@@ -1,16 +1,16 @@
 //! `cellrefine annotate`.
 
-use super::embed::{EncoderFlags, require_cpu};
+use super::embed::EncoderFlags;
 use super::{Global, Output};
 use crate::corpus::Corpus;
-use crate::cpu::Cpu;
 use crate::device::Act;
 use crate::error::Result;
 use crate::eval::annotate::{Request, annotate};
 use crate::eval::evaluate::MarkerChoice;
 use crate::eval::zero_shot::Evidence;
 use crate::objective::PrototypeMode;
-use half::bf16;
+use crate::on_backend;
+use crate::ops::Backend;
 use serde_json::json;
 use std::fmt::Write;
 use std::path::PathBuf;
@@ -104,7 +104,6 @@ fn parse_temperature(text: &str) -> std::result::Result<f32, String> {
 }
 
 pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
-    require_cpu(global)?;
     let request = Request {
         corpus: Arc::new(Corpus::open(&flags.corpus)?),
         checkpoint: flags.checkpoint.clone(),
@@ -116,19 +115,12 @@ pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
         temperature: flags.temperature,
         embed: flags.encoder.options(&flags.checkpoint),
     };
-    if flags.encoder.is_bf16() {
-        with::<bf16>(global, flags, &request)
-    } else {
-        with::<f32>(global, flags, &request)
-    }
+    on_backend!(global.device, flags.encoder.dtype, |dev: B, A| with::<B, A>(dev, global, flags, &request))
 }
 
-fn with<A: Act>(global: &Global, flags: &Flags, request: &Request) -> Result<Output>
-where
-    Cpu: crate::ops::Backend<A>,
-{
+fn with<B: Backend<A>, A: Act>(dev: &B, global: &Global, flags: &Flags, request: &Request) -> Result<Output> {
     let progress = global.progress("annotate", Some(request.corpus.cells() as u64));
-    let done = annotate::<Cpu, A>(&Cpu, request, &flags.out, |n| progress.add(n))?;
+    let done = annotate::<B, A>(dev, request, &flags.out, |n| progress.add(n))?;
     progress.finish();
     let mut text = format!(
         "{}: {} cells, {} types, evidence {}\nprototypes from {}; reference: {}\n\n",

@@ -2,10 +2,10 @@
 
 use super::{Global, Output};
 use crate::bench::{compare, kernels, loader, step};
-use crate::cpu::Cpu;
+use crate::config::Precision;
 use crate::error::{Error, Result};
 use crate::model::Preset;
-use half::bf16;
+use crate::on_backend;
 use serde_json::Value;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -37,7 +37,7 @@ pub struct Flags {
     mode: Mode,
     /// Activation type.
     #[arg(long, value_enum, default_value = "f32")]
-    dtype: Dtype,
+    dtype: Precision,
     /// Head of a step: none (the gradient of a fixed random projection) or masked genes on 15 % of the tokens.
     #[arg(long, value_enum, default_value = "none")]
     head: Head,
@@ -73,11 +73,6 @@ enum Mode {
     Train,
 }
 #[derive(Debug, Clone, Copy, PartialEq, clap::ValueEnum)]
-enum Dtype {
-    F32,
-    Bf16,
-}
-#[derive(Debug, Clone, Copy, PartialEq, clap::ValueEnum)]
 enum Head {
     None,
     Mlm,
@@ -93,12 +88,6 @@ fn share(text: &str) -> std::result::Result<f64, String> {
 }
 
 pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
-    if !["auto", "cpu"].contains(&global.device.as_str()) {
-        return Err(Error::environment("no such device in this build")
-            .found(&global.device)
-            .wanted("auto or cpu")
-            .next("cellrefine doctor"));
-    }
     let seed = global.seed.unwrap_or(0);
     let mut json = match flags.what {
         What::Loader => {
@@ -121,18 +110,12 @@ pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
                 seconds: flags.seconds,
                 seed,
             };
-            match flags.dtype {
-                Dtype::F32 => step::run::<Cpu, f32>(&Cpu, &case)?,
-                Dtype::Bf16 => step::run::<Cpu, bf16>(&Cpu, &case)?,
-            }
+            on_backend!(global.device, flags.dtype, |dev: B, A| step::run::<B, A>(dev, &case)?)
         }
         What::Kernels => {
             let case =
                 kernels::KernelCase { preset: Preset::named(&flags.preset)?, lengths: lengths(flags)?, seed };
-            match flags.dtype {
-                Dtype::F32 => kernels::run::<Cpu, f32>(&Cpu, &case)?,
-                Dtype::Bf16 => kernels::run::<Cpu, bf16>(&Cpu, &case)?,
-            }
+            on_backend!(global.device, flags.dtype, |dev: B, A| kernels::run::<B, A>(dev, &case)?)
         }
     };
     if let Some(old) = &flags.compare {

@@ -1,14 +1,15 @@
 //! `cellrefine embed`.
 
 use super::{Global, Output};
+use crate::config::Precision;
 use crate::corpus::Corpus;
-use crate::cpu::Cpu;
 use crate::device::Act;
 use crate::error::{Error, Result};
 use crate::eval::embed::{EmbedOptions, Embedder};
 use crate::eval::npy::ids_path;
+use crate::on_backend;
+use crate::ops::Backend;
 use crate::ops::pool::Pooling;
-use half::bf16;
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -30,8 +31,8 @@ pub struct EncoderFlags {
     #[arg(long, value_name = "N")]
     pub batch_tokens: Option<usize>,
     /// Arithmetic of the encoder.
-    #[arg(long, default_value = "f32", value_name = "TYPE", value_parser = ["f32", "bf16"])]
-    pub dtype: String,
+    #[arg(long, value_enum, default_value_t = Precision::F32, value_name = "TYPE")]
+    pub dtype: Precision,
 }
 
 impl EncoderFlags {
@@ -44,21 +45,6 @@ impl EncoderFlags {
             batch_tokens: self.batch_tokens,
             globals: None,
         }
-    }
-    /// True for `--dtype bf16`.
-    pub fn is_bf16(&self) -> bool {
-        self.dtype == "bf16"
-    }
-}
-
-/// Refuses devices that this build has no backend for.
-pub fn require_cpu(global: &Global) -> Result<()> {
-    match global.device.as_str() {
-        "auto" | "cpu" => Ok(()),
-        other => Err(Error::environment("this build has no backend for the device")
-            .found(other)
-            .wanted("auto or cpu")
-            .next("cellrefine doctor says what this build and machine can do")),
     }
 }
 
@@ -86,14 +72,9 @@ pub struct Flags {
 }
 
 pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
-    require_cpu(global)?;
     check_output(&flags.out)?;
     let corpus = Arc::new(Corpus::open(&flags.corpus)?);
-    if flags.encoder.is_bf16() {
-        write::<bf16>(global, flags, corpus)
-    } else {
-        write::<f32>(global, flags, corpus)
-    }
+    on_backend!(global.device, flags.encoder.dtype, |dev: B, A| write::<B, A>(dev, global, flags, corpus))
 }
 
 fn check_output(out: &Path) -> Result<()> {
@@ -113,12 +94,14 @@ fn check_output(out: &Path) -> Result<()> {
     })
 }
 
-fn write<A: Act>(global: &Global, flags: &Flags, corpus: Arc<Corpus>) -> Result<Output>
-where
-    Cpu: crate::ops::Backend<A>,
-{
+fn write<B: Backend<A>, A: Act>(
+    dev: &B,
+    global: &Global,
+    flags: &Flags,
+    corpus: Arc<Corpus>,
+) -> Result<Output> {
     let options = flags.encoder.options(&flags.checkpoint);
-    let mut embedder = Embedder::<Cpu, A>::open(&Cpu, &flags.checkpoint, corpus.clone(), &options)?;
+    let mut embedder = Embedder::<B, A>::open(dev, &flags.checkpoint, corpus.clone(), &options)?;
     let progress = global.progress("embed", Some(corpus.cells() as u64));
     let start = Instant::now();
     embedder.write_npy(&flags.out, |n| progress.add(n))?;

@@ -1,10 +1,9 @@
 //! `cellrefine eval`.
 
 use super::annotate::MarkerFlags;
-use super::embed::{EncoderFlags, require_cpu};
+use super::embed::EncoderFlags;
 use super::{Global, Output};
 use crate::corpus::Corpus;
-use crate::cpu::Cpu;
 use crate::device::Act;
 use crate::error::{Error, Result};
 use crate::eval::evaluate::{Part, Request, SplitChoice, evaluate};
@@ -12,7 +11,8 @@ use crate::eval::frozen::FrozenSettings;
 use crate::eval::metrics::ShareThresholds;
 use crate::eval::probe::ProbeSettings;
 use crate::eval::zero_shot::Evidence;
-use half::bf16;
+use crate::on_backend;
+use crate::ops::Backend;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -81,7 +81,6 @@ pub struct Flags {
 }
 
 pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
-    require_cpu(global)?;
     let shares = 0.0..=1.0;
     if !(shares.contains(&flags.tail_share)
         && shares.contains(&flags.head_share)
@@ -119,15 +118,12 @@ pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
             ..Default::default()
         },
     };
-    if flags.encoder.is_bf16() { with::<bf16>(global, &request) } else { with::<f32>(global, &request) }
+    on_backend!(global.device, flags.encoder.dtype, |dev: B, A| with::<B, A>(dev, global, &request))
 }
 
-fn with<A: Act>(global: &Global, request: &Request) -> Result<Output>
-where
-    Cpu: crate::ops::Backend<A>,
-{
+fn with<B: Backend<A>, A: Act>(dev: &B, global: &Global, request: &Request) -> Result<Output> {
     let progress = global.progress("embed", Some(request.corpus.cells() as u64));
-    let evaluation = evaluate::<Cpu, A>(&Cpu, request, |n| progress.add(n))?;
+    let evaluation = evaluate::<B, A>(dev, request, |n| progress.add(n))?;
     progress.finish();
     Ok(Output { text: evaluation.to_text(), json: evaluation.to_json() })
 }

@@ -24,6 +24,7 @@ mod vocab;
 
 pub use progress::Progress;
 
+use crate::backend::Choice;
 use crate::error::{Error, Result};
 use clap::{Args, Parser, Subcommand};
 use std::io::{IsTerminal, Write};
@@ -79,7 +80,7 @@ pub struct Global {
         env = "CELLREFINE_DEVICE",
         hide_env = true
     )]
-    pub device: String,
+    pub device: Choice,
     /// Seed of everything random.
     #[arg(long, global = true, value_name = "N", env = "CELLREFINE_SEED", hide_env = true)]
     pub seed: Option<u64>,

@@ -73,6 +73,7 @@ pub fn inputs(
     resume: &ResumeFlag,
 ) -> RunInputs {
     RunInputs {
+        device: global.device,
         corpus: corpus.to_path_buf(),
         out: out.to_path_buf(),
         split,

@@ -97,7 +97,7 @@ pub struct OptimizerSettings {
 }
 
 /// Type of the activations; master weights, sums and losses are f32 or better either way.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
     /// 32-bit floats.

@@ -2,6 +2,7 @@
 
 use super::folder::{RunFolder, checkpoints, verify, write_atomically};
 use super::observer::Observer;
+use crate::backend::Choice;
 use crate::config::{Settings, Sources, Stage};
 use crate::corpus::splits::{SplitRecord, SplitRule};
 use crate::corpus::{Corpus, Split, SplitSpec};
@@ -53,6 +54,8 @@ pub struct SplitFlags {
 /// What every stage is given.
 #[derive(Debug, Clone, Default)]
 pub struct RunInputs {
+    /// Where the network runs.
+    pub device: Choice,
     /// Corpus folder.
     pub corpus: PathBuf,
     /// Run folder.

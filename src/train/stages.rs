@@ -12,10 +12,9 @@ use super::run::{Session, run};
 use super::summary::RunSummary;
 use super::task::Task;
 use super::trunk::Trunk;
-use crate::config::{HeadStart, Precision, Stage};
+use crate::config::{HeadStart, Stage};
 use crate::corpus::splits::SplitRule;
 use crate::corpus::{Sampler, Sampling};
-use crate::cpu::Cpu;
 use crate::device::Act;
 use crate::error::{Error, Result};
 use crate::genes::markers::MarkerSets;
@@ -23,9 +22,9 @@ use crate::model::Parameters;
 use crate::model::checkpoint::{self, LoadOptions};
 use crate::model::weights::Parameter;
 use crate::objective::prototype_file::StoredPrototypes;
+use crate::on_backend;
 use crate::ops::Backend;
 use crate::ops::gene_attention::Pattern;
-use half::bf16;
 use serde_json::json;
 
 /// Masked-gene pretraining of a preset, or on from a checkpoint.
@@ -34,10 +33,8 @@ use serde_json::json;
 /// Usage (2), input (3), environment (4), interrupted after a checkpoint (5), numerical (6).
 pub fn pretrain(inputs: &RunInputs, observer: &mut dyn Observer) -> Result<RunSummary> {
     let opened = open(Stage::Pretrain, inputs, SplitRule::All, observer)?;
-    match opened.settings.train.precision {
-        Precision::F32 => pretrain_on::<Cpu, f32>(&Cpu, opened, inputs, observer),
-        Precision::Bf16 => pretrain_on::<Cpu, bf16>(&Cpu, opened, inputs, observer),
-    }
+    let precision = opened.settings.train.precision;
+    on_backend!(inputs.device, precision, |dev: B, A| pretrain_on::<B, A>(dev, opened, inputs, observer))
 }
 
 fn pretrain_on<B: Backend<A>, A: Act>(
@@ -65,10 +62,8 @@ pub fn finetune(inputs: &RunInputs, observer: &mut dyn Observer) -> Result<RunSu
     }
     let rule = SplitRule::parse_fractions(DEFAULT_SPLIT)?;
     let opened = open(Stage::Finetune, inputs, rule, observer)?;
-    match opened.settings.train.precision {
-        Precision::F32 => finetune_on::<Cpu, f32>(&Cpu, opened, inputs, observer),
-        Precision::Bf16 => finetune_on::<Cpu, bf16>(&Cpu, opened, inputs, observer),
-    }
+    let precision = opened.settings.train.precision;
+    on_backend!(inputs.device, precision, |dev: B, A| finetune_on::<B, A>(dev, opened, inputs, observer))
 }
 
 /// The division of a labelled stage that is told nothing.
@@ -123,10 +118,10 @@ pub fn refine(inputs: &RunInputs, markers: &MarkerInputs, observer: &mut dyn Obs
         None => SplitRule::All,
     };
     let opened = open(Stage::Refine, inputs, rule, observer)?;
-    match opened.settings.train.precision {
-        Precision::F32 => refine_on::<Cpu, f32>(&Cpu, opened, inputs, markers, observer),
-        Precision::Bf16 => refine_on::<Cpu, bf16>(&Cpu, opened, inputs, markers, observer),
-    }
+    let precision = opened.settings.train.precision;
+    on_backend!(inputs.device, precision, |dev: B, A| refine_on::<B, A>(
+        dev, opened, inputs, markers, observer
+    ))
 }
 
 fn refine_on<B: Backend<A>, A: Act>(
