@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -66,9 +67,15 @@ class Lab:
     def path(self, *parts):
         return os.path.join(self.work, *parts)
 
+    def kept(self, name):
+        return self.path("json", name.replace("/", "_") + ".json")
+
+    def done(self, name):
+        return os.path.exists(self.kept(name))
+
     def run(self, name, arguments, program=None):
         """The JSON that the command printed; from WORK/json/NAME.json where it ran before."""
-        kept = self.path("json", name.replace("/", "_") + ".json")
+        kept = self.kept(name)
         if os.path.exists(kept):
             return json.load(open(kept))
         os.makedirs(os.path.dirname(kept), exist_ok=True)
@@ -129,6 +136,8 @@ class Stages:
         return self.lab.path("runs", f"{self.tag}-{arm}")
 
     def stage(self, command, arm, *flags):
+        if not self.lab.done(f"{self.tag}/{arm}"):
+            shutil.rmtree(self.out(arm), ignore_errors=True)  # of an interrupted run
         self.lab.run(f"{self.tag}/{arm}", [command, *self.common, *flags, "--out", self.out(arm)])
         return arm
 
