@@ -30,6 +30,7 @@ pub mod cli;
 pub mod config;
 pub mod corpus;
 pub mod cpu;
+pub mod cuda;
 pub mod demo;
 pub mod device;
 pub mod error;

@@ -1,0 +1,177 @@
+//! Walks `kernels/`: reads every kernel's signature, writes the typed launch functions from it, compiles GPU code where nvcc
+//! is, and always compiles the same kernels as host C++ for the emulator. `kernels/` is the one declaration of a launch: a
+//! change there that Rust does not follow is a compile error.
+
+#[path = "build/cache.rs"]
+mod cache;
+#[path = "build/generate.rs"]
+mod generate;
+#[path = "build/nvcc.rs"]
+mod nvcc;
+#[path = "build/signature.rs"]
+mod signature;
+
+use cache::{Job, digest};
+use generate::File;
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+fn main() {
+    if let Err(message) = build() {
+        // The text itself, not its debug form: it is a compiler's report.
+        eprintln!("\n{message}\n");
+        std::process::exit(1);
+    }
+}
+
+fn build() -> Result<(), String> {
+    let root = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").ok_or("run by cargo only")?);
+    let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("run by cargo only")?);
+    let kernels = root.join("kernels");
+    for variable in nvcc::VARIABLES {
+        println!("cargo::rerun-if-env-changed={variable}");
+    }
+    for path in ["build.rs", "build", "kernels", ".cuda/nvidia/cu13/bin/nvcc"] {
+        println!("cargo::rerun-if-changed={path}");
+    }
+    println!("cargo::rustc-check-cfg=cfg(emulator)");
+
+    let (files, arguments) = read(&kernels)?;
+    let headers = headers(&kernels)?;
+    let mut jobs = Vec::new();
+
+    let nvcc = nvcc::find(&root);
+    match &nvcc {
+        Some(nvcc) => {
+            let (gpu, archs) = nvcc.jobs(&files, &kernels, headers, &out)?;
+            jobs.extend(gpu);
+            println!("cargo::rustc-env=CELLREFINE_NVCC={}", nvcc.release());
+            println!("cargo::rustc-env=CELLREFINE_CUDA_ARCHS={archs}");
+        }
+        None => {
+            println!("cargo::rustc-env=CELLREFINE_NVCC=");
+            println!("cargo::rustc-env=CELLREFINE_CUDA_ARCHS=");
+            println!(
+                "cargo::warning=no nvcc: built without GPU code (cpu and emulated are complete); \
+                 scripts/cuda-toolkit.sh installs one"
+            );
+        }
+    }
+
+    let target = |name: &str| env::var(name).unwrap_or_default();
+    let emulator = target("CARGO_CFG_TARGET_OS") == "linux"
+        && ["x86_64", "aarch64"].contains(&target("CARGO_CFG_TARGET_ARCH").as_str());
+    let mut objects = Vec::new();
+    if emulator {
+        println!("cargo::rustc-cfg=emulator");
+        let host = emulator_jobs(&files, &kernels, headers, &out)?;
+        objects = host.iter().map(|j| j.output.clone()).collect();
+        jobs.extend(host);
+    }
+    cache::run(jobs)?;
+    if emulator {
+        cc::Build::new().cpp(true).objects(&objects).cargo_warnings(false).compile("cellrefine_emulator");
+    }
+    write(&out.join("kernels.rs"), &generate::rust(&files, &arguments, nvcc.is_some(), emulator))
+}
+
+/// All kernel files in order of name, and the argument structs of files and headers.
+fn read(kernels: &Path) -> Result<(Vec<File>, Vec<signature::Argument>), String> {
+    let (mut files, mut arguments) = (Vec::new(), Vec::new());
+    let mut names: Vec<(String, PathBuf)> = Vec::new();
+    for path in sources(kernels)? {
+        let text = fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+        let found = signature::parse(&text).map_err(|f| format!("{}:{f}", path.display()))?;
+        arguments.extend(found.arguments);
+        if path.extension().is_some_and(|e| e == "cuh") {
+            continue;
+        }
+        for k in &found.kernels {
+            if let Some((_, other)) = names.iter().find(|(name, _)| *name == k.name) {
+                return Err(format!(
+                    "{}:{}: kernel `{}` stands in {} too",
+                    path.display(),
+                    k.line,
+                    k.name,
+                    other.display()
+                ));
+            }
+            names.push((k.name.clone(), path.clone()));
+        }
+        let stem = path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
+        files.push(File { both_acts: found.kernels.iter().any(signature::Kernel::uses_act), stem, kernels: found.kernels });
+    }
+    Ok((files, arguments))
+}
+
+/// `kernels/*.cu` and `kernels/*.cuh`, in order of name.
+fn sources(kernels: &Path) -> Result<Vec<PathBuf>, String> {
+    let entries = fs::read_dir(kernels).map_err(|e| format!("{}: {e}", kernels.display()))?;
+    let mut paths: Vec<PathBuf> = entries.filter_map(|e| Some(e.ok()?.path())).collect();
+    paths.retain(|p| p.extension().is_some_and(|e| e == "cu" || e == "cuh"));
+    paths.sort();
+    Ok(paths)
+}
+
+/// A digest of every header, so that a change in one recompiles everything.
+fn headers(kernels: &Path) -> Result<u64, String> {
+    let mut paths = sources(kernels)?;
+    paths.retain(|p| p.extension().is_some_and(|e| e == "cuh"));
+    paths.extend(["runtime.h", "cuda_host.h"].map(|name| kernels.join("emulator").join(name)));
+    let texts: Result<Vec<_>, String> =
+        paths.iter().map(|p| fs::read(p).map_err(|e| format!("{}: {e}", p.display()))).collect();
+    Ok(digest(texts?))
+}
+
+/// The emulator and every kernel as host C++: `$OUT_DIR/emulator/STEM_ACT.cpp`.
+fn emulator_jobs(files: &[File], kernels: &Path, headers: u64, out: &Path) -> Result<Vec<Job>, String> {
+    let folder = out.join("emulator");
+    fs::create_dir_all(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
+    let compiler = cc::Build::new()
+        .cpp(true)
+        .std("c++17")
+        .opt_level(2)
+        .debug(false)
+        .flag("-fno-strict-aliasing")
+        .flag_if_supported("-fstack-clash-protection") // a large frame must meet the guard page
+        .flag_if_supported("-Wno-unknown-pragmas")
+        .flag_if_supported("-Wno-unused-function")
+        .cargo_metadata(false)
+        .try_get_compiler()
+        .map_err(|e| format!("the emulator needs a C++17 compiler (g++ or clang++): {e}"))?;
+    let mut jobs = Vec::new();
+    let mut add = |source: PathBuf, text: String| -> Result<(), String> {
+        let stem = source.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
+        let output = folder.join(format!("{stem}.o"));
+        let mut command = compiler.to_command();
+        command.arg("-I").arg(kernels).arg("-c").arg(&source).arg("-o").arg(&output);
+        let key = digest([format!("{command:?}"), text, headers.to_string()]);
+        jobs.push(Job { command, output, key, source });
+        Ok(())
+    };
+    let load = |path: &Path| fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()));
+    for name in ["cuda_host.cpp", "fiber.cpp"] {
+        let path = kernels.join("emulator").join(name);
+        let text = load(&path)?;
+        add(path, text)?;
+    }
+    for file in files {
+        let kernel = load(&kernels.join(format!("{}.cu", file.stem)))?;
+        for act in file.acts() {
+            let source = folder.join(format!("{}_{act}.cpp", file.stem));
+            let text = generate::cpp(file, act);
+            write(&source, &text)?;
+            add(source, text + &kernel)?;
+        }
+    }
+    Ok(jobs)
+}
+
+/// Writes only what differs, so that what depends on the file is not rebuilt for nothing.
+fn write(path: &Path, text: &str) -> Result<(), String> {
+    if fs::read_to_string(path).ok().as_deref() == Some(text) {
+        return Ok(());
+    }
+    fs::write(path, text).map_err(|e| format!("{}: {e}", path.display()))
+}

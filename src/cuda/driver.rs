@@ -1,0 +1,139 @@
+//! One driver for the GPU and for the emulator: memory, copies, launches, all in the order in which they are called.
+
+use super::functions::Kernel;
+use crate::error::Result;
+use std::ffi::c_void;
+
+/// Launch geometry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Grid {
+    /// Blocks: x, y, z.
+    pub blocks: [u32; 3],
+    /// Threads of a block: x, y, z.
+    pub threads: [u32; 3],
+    /// Dynamic shared memory of a block.
+    pub shared_bytes: u32,
+}
+
+impl Grid {
+    /// `blocks` blocks of `threads` threads, in one dimension.
+    pub fn line(blocks: usize, threads: u32) -> Self {
+        Grid { blocks: [blocks as u32, 1, 1], threads: [threads, 1, 1], shared_bytes: 0 }
+    }
+    /// `x` by `y` blocks of `threads` threads.
+    pub fn plane(x: usize, y: usize, threads: u32) -> Self {
+        Grid { blocks: [x as u32, y as u32, 1], threads: [threads, 1, 1], shared_bytes: 0 }
+    }
+    /// With so much dynamic shared memory.
+    pub fn shared(self, bytes: usize) -> Self {
+        Grid { shared_bytes: bytes as u32, ..self }
+    }
+    /// No block at all: nothing to launch.
+    pub(super) fn is_empty(&self) -> bool {
+        self.blocks.contains(&0)
+    }
+}
+
+/// What runs the kernels.
+pub enum Driver {
+    /// The kernels as host C++.
+    #[cfg(emulator)]
+    Emulated(super::emulated::Emulated),
+}
+
+/// `match`es on the driver and calls the same method.
+macro_rules! each {
+    ($self:expr, $driver:ident => $call:expr) => {
+        match $self {
+            #[cfg(emulator)]
+            Driver::Emulated($driver) => $call,
+        }
+    };
+}
+
+impl Driver {
+    /// What `doctor` and the run record call it.
+    pub fn name(&self) -> String {
+        each!(self, d => d.name())
+    }
+
+    /// `bytes` of memory with undefined content; at least 1.
+    ///
+    /// # Errors
+    /// Out of memory (4).
+    pub(super) fn allocate(&self, bytes: usize) -> Result<u64> {
+        each!(self, d => d.allocate(bytes))
+    }
+
+    /// Returns memory behind all work that was queued before.
+    ///
+    /// # Safety
+    /// `address` came from `allocate` of this driver, and nothing called later uses it.
+    pub(super) unsafe fn free(&self, address: u64) {
+        // SAFETY: passed on.
+        each!(self, d => unsafe { d.free(address) })
+    }
+
+    /// Host to device. `host` may be reused at once.
+    ///
+    /// # Safety
+    /// The device range lies within one allocation.
+    pub(super) unsafe fn upload(&self, to: u64, host: &[u8]) -> Result<()> {
+        // SAFETY: passed on.
+        each!(self, d => unsafe { d.upload(to, host) })
+    }
+
+    /// Device to host, behind all work that was queued before; waits for it.
+    ///
+    /// # Safety
+    /// The device range lies within one allocation.
+    pub(super) unsafe fn download(&self, from: u64, host: &mut [u8]) -> Result<()> {
+        // SAFETY: passed on.
+        each!(self, d => unsafe { d.download(from, host) })
+    }
+
+    /// Zeros.
+    ///
+    /// # Safety
+    /// The range lies within one allocation.
+    pub(super) unsafe fn clear(&self, at: u64, bytes: usize) -> Result<()> {
+        // SAFETY: passed on.
+        each!(self, d => unsafe { d.clear(at, bytes) })
+    }
+
+    /// Device to device.
+    ///
+    /// # Safety
+    /// The ranges lie within allocations and do not overlap.
+    pub(super) unsafe fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()> {
+        // SAFETY: passed on.
+        each!(self, d => unsafe { d.copy(from, to, bytes) })
+    }
+
+    /// Marks memory of undefined content, where that costs nothing that matters: NaN in the emulator.
+    pub(super) fn poison(&self, at: u64, bytes: usize) {
+        each!(self, d => d.poison(at, bytes))
+    }
+
+    /// Queues a kernel, compiled for activation type `act` (an index of [`super::functions::act_index`]). An empty grid is no
+    /// launch.
+    ///
+    /// # Safety
+    /// `arguments` points to one live value per parameter of the kernel, of its type, of `sizes` bytes; buffers lie on this
+    /// driver's device and are as long as the kernel's dimensions say.
+    pub(super) unsafe fn launch(
+        &self,
+        kernel: Kernel,
+        act: usize,
+        grid: Grid,
+        arguments: &[*mut c_void],
+        sizes: &[usize],
+    ) -> Result<()> {
+        debug_assert_eq!(arguments.len(), sizes.len());
+        if grid.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: passed on.
+        each!(self, d => unsafe { d.launch(kernel, act, grid, arguments, sizes) })
+    }
+}

@@ -1,0 +1,131 @@
+//! The CUDA backend: hand-written kernels (`kernels/*.cu`) behind the ops of [`crate::ops`].
+//!
+//! One file per op, holding the launch geometry and the call. [`Driver`] is a GPU (cudarc, libraries loaded at run time) or
+//! the emulator, which runs the same kernels as host C++: same geometry, same argument lists. See `docs/kernels.md`.
+
+mod buffer;
+mod driver;
+#[cfg(emulator)]
+mod emulated;
+mod functions;
+mod layernorm;
+mod reduce;
+mod workspace;
+
+pub use buffer::Buf;
+pub use driver::{Driver, Grid};
+#[cfg(emulator)]
+pub use emulated::Schedule;
+pub use functions::Dropout as DropoutArgument;
+
+use crate::device::{Device, Dropout, Element};
+use crate::error::Result;
+use crate::rng;
+use std::ops::Range;
+use std::sync::Arc;
+use workspace::{Arena, Workspace};
+
+/// A GPU or the emulator of one, with a workspace for what kernels hand to one another. Cheap to clone.
+///
+/// Ops of one device run in the order in which they are called; handles may move between threads.
+#[derive(Clone)]
+pub struct Cuda(Arc<Shared>);
+
+struct Shared {
+    // The arena goes before the driver that owns its memory.
+    arena: Arena,
+    driver: Arc<Driver>,
+}
+
+impl Cuda {
+    /// The emulator: no GPU needed. The schedule comes from CELLREFINE_EMULATOR_SCHEDULE (`late`, `reversed`, `eager`),
+    /// and else is `late`.
+    ///
+    /// # Errors
+    /// A schedule of another name (2); a CELLREFINE_EMULATOR_LIBRARY that cannot be loaded (3).
+    #[cfg(emulator)]
+    pub fn emulated() -> Result<Self> {
+        Self::emulated_with(Schedule::from_environment()?)
+    }
+
+    /// The emulator with a schedule of the caller's choice.
+    ///
+    /// # Errors
+    /// As [`Cuda::emulated`].
+    #[cfg(emulator)]
+    pub fn emulated_with(schedule: Schedule) -> Result<Self> {
+        Ok(Self::over(Driver::Emulated(emulated::Emulated::open(schedule)?)))
+    }
+
+    fn over(driver: Driver) -> Self {
+        Cuda(Arc::new(Shared { arena: Arena::default(), driver: Arc::new(driver) }))
+    }
+
+    /// What runs the kernels.
+    pub fn driver(&self) -> &Arc<Driver> {
+        &self.0.driver
+    }
+
+    /// Memory for the intermediate results of one op call; its content is undefined. An op takes it once.
+    fn workspace(&self) -> Workspace<'_> {
+        self.0.arena.lock(&self.0.driver)
+    }
+}
+
+/// What kernels compare Philox lanes with.
+impl From<Dropout> for DropoutArgument {
+    fn from(d: Dropout) -> Self {
+        DropoutArgument {
+            seed: d.seed,
+            first_row: d.first_row,
+            step: d.step,
+            site: d.site,
+            threshold: rng::dropout_threshold(d.probability),
+            scale: rng::dropout_scale(d.probability),
+        }
+    }
+}
+
+impl Device for Cuda {
+    type Buf<T: Element> = Buf<T>;
+
+    fn name(&self) -> String {
+        self.driver().name()
+    }
+
+    fn zeros<T: Element>(&self, len: usize) -> Result<Buf<T>> {
+        let mut buf = Buf::allocate(self.driver(), len)?;
+        self.clear(&mut buf)?;
+        Ok(buf)
+    }
+
+    fn write<T: Element>(&self, buf: &mut Buf<T>, host: &[T]) -> Result<()> {
+        buf.check_room(host.len())?;
+        // SAFETY: the buffer holds at least that many bytes on this driver's device.
+        unsafe { self.driver().upload(buf.address(), bytemuck::cast_slice(host)) }
+    }
+
+    fn read<T: Element>(&self, buf: &Buf<T>, host: &mut [T]) -> Result<()> {
+        buf.check_room(host.len())?;
+        // SAFETY: as in `write`.
+        unsafe { self.driver().download(buf.address(), bytemuck::cast_slice_mut(host)) }
+    }
+
+    fn clear<T: Element>(&self, buf: &mut Buf<T>) -> Result<()> {
+        // SAFETY: the range is the buffer's own.
+        unsafe { self.driver().clear(buf.address(), buf.bytes()) }
+    }
+
+    fn copy<T: Element>(&self, from: &Buf<T>, to: &mut Buf<T>, len: usize) -> Result<()> {
+        from.check_room(len)?;
+        to.check_room(len)?;
+        // SAFETY: both hold `len` elements; `to` is borrowed mutably, so they are two buffers.
+        unsafe { self.driver().copy(from.address(), to.address(), len * size_of::<T>()) }
+    }
+
+    unsafe fn part<T: Element>(&self, buf: &Buf<T>, range: Range<usize>) -> Buf<T> {
+        // SAFETY: the caller keeps the two handles from being used at once, as this function's contract asks.
+        unsafe { buf.part(range) }
+    }
+}
+
