@@ -100,7 +100,26 @@ fn read(kernels: &Path) -> Result<(Vec<File>, Vec<signature::Argument>), String>
             names.push((k.name.clone(), path.clone()));
         }
         let stem = path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
-        files.push(File { both_acts: found.kernels.iter().any(signature::Kernel::uses_act), stem, kernels: found.kernels });
+        files.push(File {
+            both_acts: found.kernels.iter().any(signature::Kernel::uses_act),
+            stem,
+            kernels: found.kernels,
+        });
+    }
+    for file in &files {
+        for k in &file.kernels {
+            for p in &k.parameters {
+                if let signature::Kind::Struct(name) = &p.kind
+                    && !arguments.iter().any(|a| a.name == *name)
+                {
+                    return Err(format!(
+                        "kernels/{}.cu:{}: type `{name}` of `{}` has no counterpart in Rust: neither a number nor a \
+                         struct KERNEL_ARGUMENT",
+                        file.stem, k.line, p.name
+                    ));
+                }
+            }
+        }
     }
     Ok((files, arguments))
 }

@@ -50,7 +50,9 @@ pub fn run(jobs: Vec<Job>) -> Result<(), String> {
                     let failed = match job.command.output() {
                         Ok(o) if o.status.success() => {
                             print_warnings(&job.source, &o.stderr);
-                            std::fs::write(key_file(&job.output), job.key.to_string()).err().map(|e| e.to_string())
+                            std::fs::write(key_file(&job.output), job.key.to_string())
+                                .err()
+                                .map(|e| e.to_string())
                         }
                         Ok(o) => Some(String::from_utf8_lossy(&o.stderr).into_owned()),
                         Err(e) => Some(e.to_string()),

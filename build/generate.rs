@@ -41,8 +41,7 @@ fn rust_name(name: &str) -> String {
 fn rust_type(p: &Parameter) -> String {
     match &p.kind {
         Kind::Pointer { element, mutable, optional } => {
-            let reference =
-                format!("&{}Buf<{}>", if *mutable { "mut " } else { "" }, element.rust());
+            let reference = format!("&{}Buf<{}>", if *mutable { "mut " } else { "" }, element.rust());
             if *optional { format!("Option<{reference}>") } else { reference }
         }
         Kind::Value(scalar) => scalar.rust().into(),
@@ -72,7 +71,10 @@ pub fn rust(files: &[File], arguments: &[Argument], fatbins: bool, emulator: boo
         let _ = writeln!(out, "}}\n");
     }
     let count = all().count();
-    let _ = writeln!(out, "/// Name, place and entry points of every kernel.\npub(crate) static KERNELS: [KernelEntry; {count}] = [");
+    let _ = writeln!(
+        out,
+        "/// Name, place and entry points of every kernel.\npub(crate) static KERNELS: [KernelEntry; {count}] = ["
+    );
     for (i, f, k) in all() {
         let entry = |act: &str| match (emulator, f.acts().contains(&act)) {
             // SAFETY of the address alone: it is not read here.
@@ -107,9 +109,11 @@ pub fn rust(files: &[File], arguments: &[Argument], fatbins: bool, emulator: boo
 
     for a in arguments {
         let _ = writeln!(out, "/// The struct of the same name in `kernels/`.");
-        let _ = writeln!(out, "#[repr(C)]\n#[derive(Debug, Clone, Copy, PartialEq)]\npub struct {} {{", a.name);
+        let _ =
+            writeln!(out, "#[repr(C)]\n#[derive(Debug, Clone, Copy, PartialEq)]\npub struct {} {{", a.name);
         for (field, scalar) in &a.fields {
-            let _ = writeln!(out, "    /// See `kernels/`.\n    pub {}: {},", rust_name(field), scalar.rust());
+            let _ =
+                writeln!(out, "    /// See `kernels/`.\n    pub {}: {},", rust_name(field), scalar.rust());
         }
         let _ = writeln!(out, "}}\n");
     }
@@ -130,7 +134,8 @@ fn launch_function(out: &mut String, stem: &str, k: &Kernel) {
     let _ = writeln!(out, "#[allow(clippy::too_many_arguments)] // a kernel's argument list");
     let generic = if k.uses_act() { "<A: Act>" } else { "" };
     let act = if k.uses_act() { "act_index::<A>()" } else { "0" };
-    let _ = writeln!(out, "pub(crate) fn {}{generic}(\n    cuda: &Cuda,\n    grid: Grid,", rust_name(&k.name));
+    let _ =
+        writeln!(out, "pub(crate) fn {}{generic}(\n    cuda: &Cuda,\n    grid: Grid,", rust_name(&k.name));
     for p in &k.parameters {
         let _ = writeln!(out, "    {}: {},", rust_name(&p.name), rust_type(p));
     }
@@ -152,9 +157,20 @@ fn launch_function(out: &mut String, stem: &str, k: &Kernel) {
         let _ = writeln!(out, "        (&raw const {}).cast_mut().cast(),", rust_name(&p.name));
     }
     let _ = writeln!(out, "    ];");
-    let _ = writeln!(out, "    // SAFETY: one pointer per parameter, each to a live value of the very type, all from one declaration; the");
-    let _ = writeln!(out, "    // buffers are borrowed as the kernel uses them and hold what the op's checks asked for.");
-    let _ = writeln!(out, "    unsafe {{ cuda.driver().launch(Kernel::{}, {act}, grid, &arguments, &{:?}) }}", camel(&k.name), sizes(k));
+    let _ = writeln!(
+        out,
+        "    // SAFETY: one pointer per parameter, each to a live value of the very type, all from one declaration; the"
+    );
+    let _ = writeln!(
+        out,
+        "    // buffers are borrowed as the kernel uses them and hold what the op's checks asked for."
+    );
+    let _ = writeln!(
+        out,
+        "    unsafe {{ cuda.driver().launch(Kernel::{}, {act}, grid, &arguments, &{:?}) }}",
+        camel(&k.name),
+        sizes(k)
+    );
     let _ = writeln!(out, "}}\n");
 }
 
@@ -179,7 +195,9 @@ impl std::fmt::Debug for Raw {
 /// The host C++ of one kernel file for one activation type: the file itself in a namespace of its own, then per kernel an
 /// entry that unpacks the argument list.
 pub fn cpp(file: &File, act: &str) -> String {
-    let mut out = String::from("// Written by build.rs from the kernels' signatures.\n#include \"emulator/cuda_host.h\"\n");
+    let mut out = String::from(
+        "// Written by build.rs from the kernels' signatures.\n#include \"emulator/cuda_host.h\"\n",
+    );
     let _ = writeln!(out, "#define ACT_{}", act.to_uppercase());
     for k in &file.kernels {
         // The same C name would stand in both activation types' objects.
@@ -220,7 +238,8 @@ pub fn cpp(file: &File, act: &str) -> String {
         let symbol = format!("cellrefine_{act}_{}", k.name);
         let space = format!("{}_{act}", file.stem);
         let _ = writeln!(out, "#undef {}", k.name);
-        let _ = writeln!(out, "extern __attribute__((visibility(\"default\"))) const cuhost::Kernel {symbol};");
+        let _ =
+            writeln!(out, "extern __attribute__((visibility(\"default\"))) const cuhost::Kernel {symbol};");
         let _ = writeln!(
             out,
             "const cuhost::Kernel {symbol} = {{{space}::call_{0}, cuhost::run, {space}::max_threads_of_{0}}};",

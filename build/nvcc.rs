@@ -43,7 +43,13 @@ impl Nvcc {
     ///
     /// # Errors
     /// An architecture that cannot be read.
-    pub fn jobs(&self, files: &[File], kernels: &Path, headers: u64, out: &Path) -> Result<(Vec<Job>, String), String> {
+    pub fn jobs(
+        &self,
+        files: &[File],
+        kernels: &Path,
+        headers: u64,
+        out: &Path,
+    ) -> Result<(Vec<Job>, String), String> {
         let archs = env::var("CELLREFINE_CUDA_ARCHS").unwrap_or_else(|_| DEFAULT_ARCHS.into());
         let mut flags: Vec<String> = ["-O3", "-std=c++17", "-fatbin"].map(String::from).into();
         for arch in archs.split([' ', ',']).filter(|a| !a.is_empty()) {
@@ -66,7 +72,8 @@ impl Nvcc {
                 let mut command = Command::new(&self.program);
                 command.args(&flags).arg(format!("-DACT_{}", act.to_uppercase())).arg("-I").arg(kernels);
                 command.arg(&source).arg("-o").arg(&output);
-                let key = digest([format!("{command:?}"), self.version.clone(), text.clone(), headers.to_string()]);
+                let key =
+                    digest([format!("{command:?}"), self.version.clone(), text.clone(), headers.to_string()]);
                 jobs.push(Job { command, output, key, source: source.clone() });
             }
         }

@@ -103,9 +103,9 @@ pub struct Kernel {
 impl Kernel {
     /// Does its signature depend on the activation type?
     pub fn uses_act(&self) -> bool {
-        self.parameters.iter().any(|p| {
-            matches!(p.kind, Kind::Pointer { element: Scalar::Act, .. } | Kind::Value(Scalar::Act))
-        })
+        self.parameters
+            .iter()
+            .any(|p| matches!(p.kind, Kind::Pointer { element: Scalar::Act, .. } | Kind::Value(Scalar::Act)))
     }
 }
 
@@ -179,7 +179,9 @@ fn tokens(source: &str) -> Result<Vec<Token>, Failure> {
                     line += usize::from(s[i] == b'\n');
                     i += 1;
                 }
-                if source[start..i].contains("__global__") && !source[start..i].starts_with("#define __global__") {
+                if source[start..i].contains("__global__")
+                    && !source[start..i].starts_with("#define __global__")
+                {
                     return fail(first, "a kernel made by a macro cannot be read: write its signature out");
                 }
                 continue;
@@ -247,9 +249,7 @@ impl<'a> Cursor<'a> {
                 self.at += 1;
                 Ok(w.clone())
             }
-            other => {
-                fail(self.line(), format!("wanted {what}, found {:?}", other.map(|t| &t.text)))
-            }
+            other => fail(self.line(), format!("wanted {what}, found {:?}", other.map(|t| &t.text))),
         }
     }
     fn take_mark(&mut self, mark: char, context: &str) -> Result<(), Failure> {
@@ -259,10 +259,9 @@ impl<'a> Cursor<'a> {
                 self.at += 1;
                 Ok(())
             }
-            other => fail(
-                self.line(),
-                format!("wanted `{mark}` {context}, found {:?}", other.map(|t| &t.text)),
-            ),
+            other => {
+                fail(self.line(), format!("wanted `{mark}` {context}, found {:?}", other.map(|t| &t.text)))
+            }
         }
     }
     /// The tokens up to the `)` that closes the `(` just taken.
@@ -363,9 +362,7 @@ fn kernel(cursor: &mut Cursor<'_>, line: usize) -> Result<Kernel, Failure> {
     if !words.is_empty() {
         parameters.push(parameter(&words, shape.take(), line)?);
     }
-    if let Some(p) =
-        parameters.iter().find(|p| p.shape.is_none() && matches!(p.kind, Kind::Pointer { .. }))
-    {
+    if let Some(p) = parameters.iter().find(|p| p.shape.is_none() && matches!(p.kind, Kind::Pointer { .. })) {
         return fail(
             line,
             format!("kernel `{name}`: no shape beside pointer `{}`; write // (N, D) after it", p.name),
@@ -398,10 +395,7 @@ fn parameter(words: &[&Token], shape: Option<String>, line: usize) -> Result<Par
         (false, Some(scalar), _) => Kind::Value(scalar),
         (false, None, [one]) => Kind::Struct((*one).into()),
         _ => {
-            return fail(
-                line,
-                format!("type `{}` of `{name}` has no counterpart in Rust", kind.join(" ")),
-            );
+            return fail(line, format!("type `{}` of `{name}` has no counterpart in Rust", kind.join(" ")));
         }
     };
     if optional && !pointer {

@@ -62,6 +62,14 @@ impl<T: Element> Buf<T> {
         Ok(Buf { ptr: ptr.cast(), len, _owner: Some(owner), _type: PhantomData })
     }
 
+    /// A handle to memory of another owner.
+    ///
+    /// # Safety
+    /// `ptr` is valid for `len` initialised elements and outlives the handle; Rust's rule for borrows is the caller's.
+    pub(crate) unsafe fn over(ptr: NonNull<T>, len: usize) -> Self {
+        Buf { ptr, len, _owner: None, _type: PhantomData }
+    }
+
     /// A second handle to `range`.
     ///
     /// # Safety

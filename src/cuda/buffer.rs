@@ -34,7 +34,8 @@ impl<T: Element> Buf<T> {
         if len == 0 {
             return Ok(Buf { address: 0, len, owner: None, element: PhantomData });
         }
-        let bytes = len.checked_mul(size_of::<T>()).ok_or_else(|| Error::environment("out of device memory"))?;
+        let bytes =
+            len.checked_mul(size_of::<T>()).ok_or_else(|| Error::environment("out of device memory"))?;
         let address = driver.allocate(bytes)?;
         let owner = Some(Arc::new(Allocation { driver: Arc::clone(driver), address }));
         Ok(Buf { address, len, owner, element: PhantomData })
@@ -83,7 +84,8 @@ impl<T: Element> Buf<T> {
     /// # Safety
     /// As for [`Buf::part`].
     pub(super) unsafe fn cast<U: Element>(&self) -> Option<Buf<U>> {
-        let fits = self.bytes().is_multiple_of(size_of::<U>()) && self.address.is_multiple_of(align_of::<U>() as u64);
+        let fits = self.bytes().is_multiple_of(size_of::<U>())
+            && self.address.is_multiple_of(align_of::<U>() as u64);
         fits.then(|| Buf {
             address: self.address,
             len: self.bytes() / size_of::<U>(),

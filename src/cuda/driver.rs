@@ -36,6 +36,8 @@ impl Grid {
 
 /// What runs the kernels.
 pub enum Driver {
+    /// An NVIDIA GPU.
+    Gpu(super::gpu::Gpu),
     /// The kernels as host C++.
     #[cfg(emulator)]
     Emulated(super::emulated::Emulated),
@@ -45,6 +47,7 @@ pub enum Driver {
 macro_rules! each {
     ($self:expr, $driver:ident => $call:expr) => {
         match $self {
+            Driver::Gpu($driver) => $call,
             #[cfg(emulator)]
             Driver::Emulated($driver) => $call,
         }

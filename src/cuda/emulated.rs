@@ -97,7 +97,8 @@ impl Emulated {
                 .next("lower batch.tokens, batch.cells or batch.max_tokens; `cellrefine plan` prints what a run needs")
         };
         let page = page_size();
-        let pages = bytes.checked_next_multiple_of(page).and_then(|b| b.checked_add(page)).ok_or_else(refused)?;
+        let pages =
+            bytes.checked_next_multiple_of(page).and_then(|b| b.checked_add(page)).ok_or_else(refused)?;
         // SAFETY: a fresh private mapping.
         let start = unsafe {
             let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;

@@ -4,11 +4,14 @@
 //! the emulator, which runs the same kernels as host C++: same geometry, same argument lists. See `docs/kernels.md`.
 
 mod buffer;
+pub mod cublas;
 mod driver;
 #[cfg(emulator)]
 mod emulated;
 mod functions;
+pub mod gpu;
 mod layernorm;
+mod linear;
 mod reduce;
 mod workspace;
 
@@ -38,6 +41,14 @@ struct Shared {
 }
 
 impl Cuda {
+    /// GPU number `ordinal`.
+    ///
+    /// # Errors
+    /// No GPU code in this build, no driver, an old driver, no such GPU (4).
+    pub fn open(ordinal: usize) -> Result<Self> {
+        Ok(Self::over(Driver::Gpu(gpu::Gpu::open(ordinal)?)))
+    }
+
     /// The emulator: no GPU needed. The schedule comes from CELLREFINE_EMULATOR_SCHEDULE (`late`, `reversed`, `eager`),
     /// and else is `late`.
     ///
@@ -128,4 +139,3 @@ impl Device for Cuda {
         unsafe { buf.part(range) }
     }
 }
-

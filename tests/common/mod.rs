@@ -8,6 +8,8 @@
 pub mod cases;
 pub mod close;
 pub mod guarded;
+#[cfg(emulator)]
+pub mod mutants;
 pub mod naive;
 pub mod network;
 pub mod softmax;

@@ -8,6 +8,8 @@ use cellrefine::device::Dropout;
 use cellrefine::ops::layernorm;
 
 on_every_backend!(A: forward, backward, dropout_does_not_depend_on_the_batch_split);
+on_emulated!(A: forward, backward, dropout_does_not_depend_on_the_batch_split);
+mutants!("layernorm");
 
 /// The four shapes of a LayerNorm call: with and without residual and dropout. A backward call with neither also masks by
 /// the ReLU that its input came out of.

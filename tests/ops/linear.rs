@@ -7,6 +7,8 @@ use crate::common::{cases, naive};
 use cellrefine::ops::linear;
 
 on_every_backend!(A: forward, backward_input, backward_weight, same_bits_for_any_thread_count, relu_keeps_nan);
+on_emulated!(A: forward, backward_input, backward_weight, same_bits_for_any_thread_count, relu_keeps_nan);
+mutants!("linear_epilogue");
 
 /// Sizes (rows, inputs, outputs) round the matrix tile, its panels and the blocks.
 const LINEAR: &[[usize; 3]] = &[

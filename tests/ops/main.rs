@@ -26,6 +26,50 @@ macro_rules! on_every_backend {
     };
 }
 
+/// The same for the kernels of the CUDA backend in the emulator, in its three schedules; for an op whose kernel exists.
+#[cfg(emulator)]
+macro_rules! on_emulated {
+    (@ $schedule:ident, $act:ty: $($body:ident),*) => {
+        $(#[test] fn $body() { super::$body::<_, $act>(&crate::emulated(cellrefine::cuda::Schedule::$schedule)); })*
+    };
+    (@ $schedule:ident: $($body:ident),*) => {
+        $(#[test] fn $body() { super::$body(&crate::emulated(cellrefine::cuda::Schedule::$schedule)); })*
+    };
+    (A: $($body:ident),* $(,)?) => {
+        mod emulated_late_f32 { on_emulated!(@ Late, f32: $($body),*); }
+        mod emulated_late_bf16 { on_emulated!(@ Late, half::bf16: $($body),*); }
+        mod emulated_reversed_f32 { on_emulated!(@ Reversed, f32: $($body),*); }
+        mod emulated_reversed_bf16 { on_emulated!(@ Reversed, half::bf16: $($body),*); }
+        mod emulated_eager_f32 { on_emulated!(@ Eager, f32: $($body),*); }
+        mod emulated_eager_bf16 { on_emulated!(@ Eager, half::bf16: $($body),*); }
+    };
+    ($($body:ident),* $(,)?) => {
+        mod emulated_late { on_emulated!(@ Late: $($body),*); }
+        mod emulated_reversed { on_emulated!(@ Reversed: $($body),*); }
+        mod emulated_eager { on_emulated!(@ Eager: $($body),*); }
+    };
+}
+/// `mutants!("layernorm")`: each fault of kernels/mutants/layernorm.toml fails a test of this module.
+#[cfg(emulator)]
+macro_rules! mutants {
+    ($stem:literal) => {
+        #[test]
+        fn mutants_are_caught() {
+            let module =
+                module_path!().split_once("::").map_or(String::new(), |(_, path)| format!("{path}::"));
+            crate::common::mutants::each_is_caught($stem, &module);
+        }
+    };
+}
+#[cfg(not(emulator))]
+macro_rules! mutants {
+    ($stem:literal) => {};
+}
+#[cfg(not(emulator))]
+macro_rules! on_emulated {
+    ($($ignored:tt)*) => {};
+}
+
 mod adamw;
 mod embed;
 mod layernorm;
@@ -34,6 +78,11 @@ mod mask_tokens;
 mod pool;
 mod reduce;
 mod rows;
+
+#[cfg(emulator)]
+fn emulated(schedule: cellrefine::cuda::Schedule) -> cellrefine::cuda::Cuda {
+    cellrefine::cuda::Cuda::emulated_with(schedule).expect("the emulator opens")
+}
 
 /// Activations that can be poisoned and guarded.
 pub trait ActSample: Act + Sample {}

@@ -6,6 +6,8 @@ use crate::common::guarded::input;
 use cellrefine::ops::reduce;
 
 on_every_backend!(sums_are_f64_in_fixed_order);
+on_emulated!(sums_are_f64_in_fixed_order);
+mutants!("reduce");
 
 fn sums_are_f64_in_fixed_order<B: reduce::Reduce>(dev: &B) {
     for len in [0usize, 1, 31, 16_384, 16_385, 100_003] {

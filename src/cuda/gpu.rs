@@ -1,0 +1,318 @@
+//! A GPU as a driver, over cudarc's thin layer of the CUDA driver API. libcuda is loaded at run time.
+//!
+//! cudarc panics when libcuda is missing, even while printing an error. So [`Gpu::open`] asks for the library first, and
+//! errors are told from their numbers alone. Everything is queued on one stream of our own: the legacy default stream cannot
+//! be captured. Not yet confirmed on a GPU.
+
+use super::cublas::Products;
+use super::driver::Grid;
+use super::functions::{IMAGES, KERNELS, Kernel};
+use crate::error::{Error, Result};
+use cudarc::driver::result::{self, DriverError};
+use cudarc::driver::sys;
+use std::ffi::{CString, c_void};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// The oldest driver API that code of nvcc 13.0 runs on (driver r580).
+const OLDEST_DRIVER: i32 = 13000;
+/// Dynamic shared memory that a kernel may take without asking.
+const SHARED_BYTES_GRANTED: u32 = 48 << 10;
+
+/// One GPU, its context, stream and kernels.
+pub struct Gpu {
+    ordinal: usize,
+    name: String,
+    context: sys::CUcontext,
+    device: sys::CUdevice,
+    stream: sys::CUstream,
+    /// Rows as in `KERNELS`; resolved once.
+    functions: Vec<[Option<Function>; 2]>,
+    /// Present once `open` has returned.
+    products: Option<Products>,
+}
+
+struct Function {
+    handle: sys::CUfunction,
+    shared_bytes: AtomicU32,
+}
+
+// SAFETY: driver handles may be used from any thread whose current context is theirs; every method makes it so.
+unsafe impl Send for Gpu {}
+// SAFETY: as above; the driver serialises access to a stream.
+unsafe impl Sync for Gpu {}
+
+/// What stands in the way of a GPU, or the number of them: for `doctor`.
+///
+/// # Errors
+/// No GPU code in this build, no driver, an old driver, no GPU (4).
+pub fn available() -> Result<usize> {
+    if IMAGES.iter().flatten().all(Option::is_none) {
+        return Err(Error::environment("this build holds no GPU code")
+            .found("no nvcc when it was built")
+            .next("scripts/cuda-toolkit.sh, then build again; or --device cpu"));
+    }
+    driver_version()?;
+    let count = result::device::get_count().map_err(|e| failure("counting GPUs", e))?;
+    if count == 0 {
+        return Err(no_gpu("0 devices"));
+    }
+    Ok(count as usize)
+}
+
+fn no_gpu(found: &str) -> Error {
+    Error::environment("no NVIDIA GPU")
+        .found(found)
+        .wanted("at least one GPU of compute capability 8.0 or later")
+        .next("nvidia-smi lists them; CUDA_VISIBLE_DEVICES may hide them; or --device cpu")
+}
+
+/// The driver's API version, as 13000 for 13.0.
+///
+/// # Errors
+/// No libcuda, no GPU, a driver too old (4).
+pub fn driver_version() -> Result<i32> {
+    // SAFETY: only opens a library by name.
+    if !unsafe { sys::is_culib_present() } {
+        return Err(Error::environment("no NVIDIA driver")
+            .found("libcuda.so.1 cannot be loaded")
+            .wanted("driver r580 (CUDA 13.0) or later")
+            .next("install the driver of the GPU; or --device cpu"));
+    }
+    let mut version = 0;
+    // SAFETY: libcuda is there; the pointer is to a live number. This call needs no initialisation.
+    unsafe { sys::cuDriverGetVersion(&raw mut version) }
+        .result()
+        .map_err(|e| failure("asking for the driver's version", e))?;
+    if version < OLDEST_DRIVER {
+        return Err(Error::environment("the NVIDIA driver is too old")
+            .found(format!("CUDA {}.{}", version / 1000, version % 1000 / 10))
+            .wanted("CUDA 13.0 (driver r580) or later")
+            .next("update the driver; or --device cpu"));
+    }
+    result::init().map_err(|e| match e.0 {
+        sys::cudaError_enum::CUDA_ERROR_NO_DEVICE => no_gpu("CUDA_ERROR_NO_DEVICE"),
+        _ => failure("starting the driver", e),
+    })?;
+    Ok(version)
+}
+
+/// An error of the driver, told from its number: cudarc's own text asks libcuda, and panics where that is missing.
+fn failure(doing: &str, e: DriverError) -> Error {
+    let code = e.0 as u32;
+    let name = match code {
+        1 => "CUDA_ERROR_INVALID_VALUE",
+        2 => "CUDA_ERROR_OUT_OF_MEMORY",
+        3 => "CUDA_ERROR_NOT_INITIALIZED",
+        34 => "CUDA_ERROR_STUB_LIBRARY",
+        46 => "CUDA_ERROR_DEVICE_UNAVAILABLE",
+        100 => "CUDA_ERROR_NO_DEVICE",
+        101 => "CUDA_ERROR_INVALID_DEVICE",
+        209 => "CUDA_ERROR_NO_BINARY_FOR_GPU",
+        214 => "CUDA_ERROR_ECC_UNCORRECTABLE",
+        222 => "CUDA_ERROR_UNSUPPORTED_PTX_VERSION",
+        500 => "CUDA_ERROR_NOT_FOUND",
+        700 => "CUDA_ERROR_ILLEGAL_ADDRESS",
+        701 => "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES",
+        716 => "CUDA_ERROR_MISALIGNED_ADDRESS",
+        719 => "CUDA_ERROR_LAUNCH_FAILED",
+        803 => "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH",
+        804 => "CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE",
+        900..=908 => "a stream-capture error",
+        _ => "see CUresult in cuda.h",
+    };
+    Error::environment(format!("the GPU driver failed {doing}")).found(format!("{name} ({code})"))
+}
+
+impl Gpu {
+    /// GPU `ordinal`, with every kernel loaded.
+    ///
+    /// # Errors
+    /// As [`available`]; no GPU of that number; a GPU that the build's code does not run on (4).
+    pub(super) fn open(ordinal: usize) -> Result<Self> {
+        let count = available()?;
+        if ordinal >= count {
+            return Err(Error::environment("no such GPU")
+                .found(format!("cuda:{ordinal}"))
+                .wanted(format!("cuda:0 to cuda:{}", count - 1)));
+        }
+        let opening = |e| failure("opening the GPU", e);
+        let device = result::device::get(ordinal as i32).map_err(opening)?;
+        let name = result::device::get_name(device).map_err(opening)?;
+        // SAFETY: a device of this driver.
+        let context = unsafe { result::primary_ctx::retain(device) }.map_err(opening)?;
+        // SAFETY: the context just retained.
+        unsafe { result::ctx::set_current(context) }.map_err(opening)?;
+        let stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(opening)?;
+        let mut gpu = Gpu { ordinal, name, context, device, stream, functions: Vec::new(), products: None };
+        gpu.functions = gpu.load()?;
+        gpu.products = Some(Products::open(&gpu)?);
+        Ok(gpu)
+    }
+
+    fn load(&self) -> Result<Vec<[Option<Function>; 2]>> {
+        let mut modules = Vec::new();
+        for images in &IMAGES {
+            let module = |image: Option<&'static [u8]>| {
+                let Some(image) = image else { return Ok(None) };
+                // SAFETY: a fatbin that nvcc wrote.
+                let module = unsafe { result::module::load_data(image.as_ptr().cast()) };
+                module.map(Some).map_err(|e| failure("loading the kernels", e).at(&self.name))
+            };
+            modules.push([module(images[0])?, module(images[1])?]);
+        }
+        let mut functions = Vec::new();
+        for kernel in &KERNELS {
+            let function = |module: Option<sys::CUmodule>| {
+                let Some(module) = module else { return Ok(None) };
+                let name = CString::new(kernel.name).map_err(|e| Error::bug(e.to_string()))?;
+                // SAFETY: a live module; modules are never unloaded.
+                let handle = unsafe { result::module::get_function(module, name) };
+                let handle = handle.map_err(|e| failure("finding a kernel", e).at(kernel.name))?;
+                Ok(Some(Function { handle, shared_bytes: AtomicU32::new(SHARED_BYTES_GRANTED) }))
+            };
+            let [f32_module, bf16_module] = modules[kernel.image];
+            functions.push([function(f32_module)?, function(bf16_module)?]);
+        }
+        Ok(functions)
+    }
+
+    /// Makes this GPU's context the calling thread's.
+    pub(super) fn enter(&self) -> Result<()> {
+        // SAFETY: the context lives as long as `self`.
+        unsafe { result::ctx::set_current(self.context) }.map_err(|e| failure("entering its context", e))
+    }
+
+    /// The stream of all work.
+    pub(super) fn stream(&self) -> sys::CUstream {
+        self.stream
+    }
+
+    /// Matrix products.
+    pub(super) fn products(&self) -> &Products {
+        self.products.as_ref().unwrap_or_else(|| unreachable!("`open` makes it before anybody holds a `Gpu`"))
+    }
+
+    pub(super) fn name(&self) -> String {
+        format!("cuda:{} ({})", self.ordinal, self.name)
+    }
+
+    pub(super) fn allocate(&self, bytes: usize) -> Result<u64> {
+        self.enter()?;
+        // SAFETY: the stream is alive; what the memory holds is the caller's concern.
+        unsafe { result::malloc_async(self.stream, bytes) }.map_err(|e| {
+            if e.0 != sys::cudaError_enum::CUDA_ERROR_OUT_OF_MEMORY {
+                return failure("allocating memory", e);
+            }
+            let free = result::mem_get_info().map_or(String::new(), |(free, total)| {
+                format!("; {:.1} of {:.1} GB free", free as f64 / 1e9, total as f64 / 1e9)
+            });
+            Error::environment("out of GPU memory")
+                .at(self.name())
+                .found(format!("{:.1} MB refused{free}", bytes as f64 / 1e6))
+                .next("lower batch.tokens, batch.cells or batch.max_tokens; `cellrefine plan` prints what a run needs")
+        })
+    }
+
+    pub(super) unsafe fn free(&self, address: u64) {
+        // A failure here means that the context is already gone, and the memory with it.
+        if self.enter().is_ok() {
+            // SAFETY: memory of this stream's, by the caller's word; freed behind all that is queued.
+            let _ = unsafe { result::free_async(address, self.stream) };
+        }
+    }
+
+    pub(super) unsafe fn upload(&self, to: u64, host: &[u8]) -> Result<()> {
+        self.enter()?;
+        // SAFETY: the caller's range. Pageable memory has been staged when the call returns.
+        unsafe { result::memcpy_htod_async(to, host, self.stream) }.map_err(|e| failure("copying to it", e))
+    }
+
+    pub(super) unsafe fn download(&self, from: u64, host: &mut [u8]) -> Result<()> {
+        self.enter()?;
+        // SAFETY: the caller's range; the stream is waited for before `host` is used again.
+        unsafe { result::memcpy_dtoh_async(host, from, self.stream) }
+            .map_err(|e| failure("copying from it", e))?;
+        self.synchronize()
+    }
+
+    pub(super) fn synchronize(&self) -> Result<()> {
+        self.enter()?;
+        // SAFETY: the stream is alive.
+        unsafe { result::stream::synchronize(self.stream) }.map_err(|e| failure("finishing its work", e))
+    }
+
+    pub(super) unsafe fn clear(&self, at: u64, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.enter()?;
+        // SAFETY: the caller's range.
+        unsafe { result::memset_d8_async(at, 0, bytes, self.stream) }
+            .map_err(|e| failure("clearing memory", e))
+    }
+
+    pub(super) unsafe fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.enter()?;
+        // SAFETY: the caller's ranges.
+        unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream) }
+            .map_err(|e| failure("copying within it", e))
+    }
+
+    pub(super) fn poison(&self, _at: u64, _bytes: usize) {}
+
+    pub(super) unsafe fn launch(
+        &self,
+        kernel: Kernel,
+        act: usize,
+        grid: Grid,
+        arguments: &[*mut c_void],
+        _sizes: &[usize],
+    ) -> Result<()> {
+        self.enter()?;
+        let entry = kernel.entry();
+        let place = |e: Error| e.at(format!("kernels/{}.cu: {}", entry.file, entry.name));
+        let Some(function) = &self.functions[kernel as usize][act] else {
+            return Err(place(Error::bug("a kernel without GPU code")));
+        };
+        if grid.shared_bytes > function.shared_bytes.load(Ordering::Relaxed) {
+            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: a live function.
+            unsafe {
+                result::function::set_function_attribute(function.handle, attribute, grid.shared_bytes as i32)
+            }
+            .map_err(|e| place(failure("granting shared memory", e)))?;
+            function.shared_bytes.fetch_max(grid.shared_bytes, Ordering::Relaxed);
+        }
+        let [blocks, threads] = [grid.blocks, grid.threads].map(|[x, y, z]| (x, y, z));
+        let mut arguments = arguments.to_vec();
+        // SAFETY: the arguments are the kernel's, by the caller's word; the driver copies their values before it returns.
+        unsafe {
+            result::launch_kernel(
+                function.handle,
+                blocks,
+                threads,
+                grid.shared_bytes,
+                self.stream,
+                &mut arguments,
+            )
+        }
+        .map_err(|e| place(failure("launching a kernel", e)))
+    }
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        self.products = None;
+        if self.enter().is_ok() {
+            // SAFETY: nothing is queued later; the primary context was retained once in `open`. Errors have no remedy here.
+            unsafe {
+                let _ = result::stream::synchronize(self.stream);
+                let _ = result::stream::destroy(self.stream);
+                let _ = result::primary_ctx::release(self.device);
+            }
+        }
+    }
+}
