@@ -65,12 +65,17 @@ impl Choice {
     pub fn open(self) -> Result<Open> {
         match self {
             Choice::Auto | Choice::Cpu => Ok(Open::Cpu(Cpu)),
-            Choice::Cuda(_) | Choice::Emulated => {
-                Err(Error::environment("this build has no backend for the device")
+            Choice::Cuda(ordinal) => {
+                // What is missing comes first: the driver and the libraries say it better than a refusal.
+                crate::cuda::Cuda::open(ordinal)?;
+                Err(Error::environment("the CUDA backend does not hold every op of the network yet")
                     .found(self)
-                    .wanted("auto or cpu")
-                    .next("cellrefine doctor says what this build and machine can do"))
+                    .next("--device cpu"))
             }
+            Choice::Emulated => Err(Error::environment("this build has no backend for the device")
+                .found(self)
+                .wanted("auto or cpu")
+                .next("cellrefine doctor says what this build and machine can do")),
         }
     }
 }

@@ -156,6 +156,14 @@ impl Error {
     pub fn place(&self) -> Option<&str> {
         self.0.place.as_deref()
     }
+    /// What was found, where it was said.
+    pub fn found_text(&self) -> Option<&str> {
+        self.0.found.as_deref()
+    }
+    /// The next step, where one was given.
+    pub fn next_text(&self) -> Option<&str> {
+        self.0.next.as_deref()
+    }
     /// The same object as printed under `--json`.
     pub fn to_json(&self) -> serde_json::Value {
         let p = &self.0;

@@ -45,9 +45,10 @@ void fault(Site site, const char* format, ...) {
 
 // ---- the scheduler
 
-// The next runnable fiber: of the current warp first, then of the warps after it, round and round.
+// The next runnable fiber: of the current warp first, then of the warps after it, round and round. Under EAGER the warps take
+// turns instead, which shows warps that share what each should have alone.
 static Fiber* next_runnable(Block& b) {
-  unsigned start = b.current ? b.current->linear / WARP : (b.reversed ? b.warps - 1 : 0);
+  unsigned start = b.current ? b.current->linear / WARP + b.eager : (b.reversed ? b.warps - 1 : 0);
   for (unsigned i = 0; i < b.warps; i++) {
     unsigned w = b.reversed ? (start + b.warps - i) % b.warps : (start + i) % b.warps;
     uint32_t runnable = b.warp[w].runnable;
@@ -133,6 +134,7 @@ static void finish_group(Block& b, unsigned w, int g) {
   Warp& warp = b.warp[w];
   Group group = warp.group[g];
   warp.group[g] = warp.group[--warp.groups];
+  b.current->site = group.site;  // of whoever completes it, which may be a thread that leaves
   if (group.combine) group.combine(warp.lane_data, group.arrived);
   wake(b, w, group.arrived);
 }
@@ -145,13 +147,9 @@ void collective(uint32_t mask, void* data, void (*combine)(void* const*, uint32_
   if (!(mask >> l & 1)) fault(site, "lane %u is not in its own mask %08x", l, mask);
   int g = 0;
   while (g < w.groups && w.group[g].mask != mask) g++;
-  if (g == w.groups) {
-    for (int i = 0; i < w.groups; i++)
-      if (w.group[i].mask & mask)
-        fault(site, "mask %08x overlaps mask %08x, with which lanes %08x wait at %s:%d (%s)", mask, w.group[i].mask,
-              w.group[i].arrived, file_name(w.group[i].site.file), w.group[i].site.line, w.group[i].site.what);
-    w.group[w.groups++] = Group{mask, 0, site, combine};
-  }
+  // Overlapping masks may stand side by side: lanes that ran ahead wait for those that still meet in a smaller group. Masks
+  // that never come together end as a deadlock.
+  if (g == w.groups) w.group[w.groups++] = Group{mask, 0, site, combine};
   Group& group = w.group[g];
   if (group.combine != combine || strcmp(group.site.what, site.what))
     fault(site, "lanes %08x of the same mask wait at another collective, %s:%d (%s)", group.arrived,

@@ -272,6 +272,10 @@ static void landing() {
   if (at < guard && at >= guard - (size_t)sysconf(_SC_PAGESIZE)) {
     fault(Site{"stack overflow", f.site.file, f.site.line}, "this thread's local variables exceed %zu KB", STACK >> 10);
   }
+  uintptr_t shared_end = (uintptr_t)block->dynamic_shared + (block->launch->shared_bytes + 1023) / 1024 * 1024;
+  if (at >= shared_end && at < shared_end + (size_t)sysconf(_SC_PAGESIZE))
+    fault(Site{"dynamic shared memory", f.site.file, f.site.line}, "byte %zu of %zu",
+          (size_t)(at - (uintptr_t)block->dynamic_shared), (size_t)block->launch->shared_bytes);
   uint64_t none = 0;
   __atomic_compare_exchange_n(&block->launch->fault_address, &none, at, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
   fault(Site{"access outside every buffer", f.site.file, f.site.line}, "address %p%s", (void*)at,

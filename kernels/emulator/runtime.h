@@ -29,7 +29,7 @@ constexpr int WARP = 32, BARRIERS = 16;
 enum Schedule : int32_t {
   LATE = 0,      // warps and lanes ascending; a copy lands at its own thread's wait: shows a missing wait
   REVERSED = 1,  // blocks, warps and lanes descending, late copies: shows dependence on order
-  EAGER = 2,     // ascending; a copy lands when it is issued: shows a buffer overwritten too early
+  EAGER = 2,     // ascending, warps by turns at every wait; a copy lands when it is issued: shows a buffer overwritten too early
 };
 
 struct Launch;

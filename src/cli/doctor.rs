@@ -1,16 +1,32 @@
 //! `cellrefine doctor`: what this build and this machine can do, read and not guessed.
+//!
+//! With `--device cuda` or `--device emulated` it is a check: what that device lacks becomes the error, exit code 4.
 
 use super::{Global, Output};
-use crate::error::Result;
+use crate::backend::Choice;
+use crate::cuda::{cublas, gpu, kernel_count};
+use crate::error::{Error, Result};
 use serde_json::json;
 use std::fmt::Write;
 
 /// Flags of `doctor`.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Examples:\n  cellrefine doctor\n  cellrefine doctor --json")]
+#[command(after_help = "\
+With --device cuda or --device emulated, doctor fails (exit 4) and says what is missing when that device cannot be used.
+
+Examples:
+  cellrefine doctor
+  cellrefine doctor --json
+  cellrefine doctor --device cuda")]
 pub struct Flags {}
 
-pub fn run(_global: &Global, _flags: &Flags) -> Result<Output> {
+pub fn run(global: &Global, _flags: &Flags) -> Result<Output> {
+    let cuda = Cuda::look();
+    match global.device {
+        Choice::Cuda(ordinal) => cuda.usable(ordinal)?,
+        Choice::Emulated if !EMULATOR => return Err(no_emulator()),
+        _ => {}
+    }
     let threads = rayon::current_num_threads();
     let simd: Vec<&str> = simd_features();
     let (total, available) = memory_bytes();
@@ -27,7 +43,8 @@ pub fn run(_global: &Global, _flags: &Flags) -> Result<Output> {
     let mut text = String::new();
     let _ = writeln!(text, "cellrefine {}", env!("CARGO_PKG_VERSION"));
     let _ = writeln!(text, "  build      {} {}", std::env::consts::ARCH, std::env::consts::OS);
-    let _ = writeln!(text, "  devices    cpu");
+    let devices = cuda.devices();
+    let _ = writeln!(text, "  devices    {}", devices.join(", "));
     let _ = writeln!(text, "  threads    {threads}");
     let _ = writeln!(
         text,
@@ -39,10 +56,103 @@ pub fn run(_global: &Global, _flags: &Flags) -> Result<Output> {
     if let (Some(total), Some(available)) = (gigabytes(total), gigabytes(available)) {
         let _ = writeln!(text, "  memory     {available} GB free of {total} GB");
     }
+    cuda.write(&mut text);
     let json = json!({"version": env!("CARGO_PKG_VERSION"), "arch": std::env::consts::ARCH, "os": std::env::consts::OS,
-        "devices": ["cpu"], "threads": threads, "simd": simd, "f32_path": f32_path, "bf16_path": bf16_path,
+        "devices": devices, "cuda": cuda.to_json(), "threads": threads, "simd": simd, "f32_path": f32_path, "bf16_path": bf16_path,
         "memory_total_gb": gigabytes(total), "memory_available_gb": gigabytes(available)});
     Ok(Output { text, json })
+}
+
+/// Was the emulator compiled in?
+const EMULATOR: bool = cfg!(emulator);
+
+fn no_emulator() -> Error {
+    Error::environment("this build has no emulator")
+        .found(format!("{} {}", std::env::consts::ARCH, std::env::consts::OS))
+        .wanted("x86_64 or aarch64 Linux")
+        .next("--device cpu")
+}
+
+/// The parts that a GPU run needs, each there or the error that says why not.
+struct Cuda {
+    /// nvcc's release and the architectures it compiled for; empty without nvcc.
+    nvcc: &'static str,
+    archs: &'static str,
+    driver: Result<i32>,
+    gpus: Result<usize>,
+    cublas: Result<()>,
+}
+
+impl Cuda {
+    fn look() -> Self {
+        Cuda {
+            nvcc: env!("CELLREFINE_NVCC"),
+            archs: env!("CELLREFINE_CUDA_ARCHS"),
+            driver: gpu::driver_version(),
+            gpus: gpu::count(),
+            cublas: cublas::available(),
+        }
+    }
+
+    /// The first thing that keeps GPU `ordinal` from being used.
+    fn usable(&self, ordinal: usize) -> Result<()> {
+        let gpus = gpu::available()?;
+        self.cublas.clone()?;
+        if ordinal >= gpus {
+            return Err(Error::environment("no such GPU")
+                .found(format!("cuda:{ordinal}"))
+                .wanted(format!("cuda:0 to cuda:{}", gpus - 1)));
+        }
+        Ok(())
+    }
+
+    fn devices(&self) -> Vec<String> {
+        let mut devices = vec!["cpu".to_string()];
+        if EMULATOR {
+            devices.push("emulated".into());
+        }
+        if self.cublas.is_ok() {
+            devices.extend((0..self.gpus.clone().unwrap_or(0)).map(|i| format!("cuda:{i}")));
+        }
+        devices
+    }
+
+    /// (name, what is there or what is missing) of each part.
+    fn parts(&self) -> [(&'static str, String); 5] {
+        let missing = |e: &Error| match (e.found_text(), e.next_text()) {
+            (Some(found), Some(next)) => format!("missing: {} ({found}); {next}", e.what()),
+            (Some(found), None) => format!("missing: {} ({found})", e.what()),
+            _ => format!("missing: {}", e.what()),
+        };
+        let kernels = format!("{} kernels", kernel_count());
+        [
+            ("emulator", if EMULATOR { kernels.clone() } else { missing(&no_emulator()) }),
+            (
+                "nvcc",
+                if self.nvcc.is_empty() {
+                    "missing when this was built; scripts/cuda-toolkit.sh installs one".into()
+                } else {
+                    format!("{}: {kernels} for {}", self.nvcc, self.archs)
+                },
+            ),
+            (
+                "driver",
+                self.driver.as_ref().map_or_else(missing, |v| format!("CUDA {}.{}", v / 1000, v % 1000 / 10)),
+            ),
+            ("gpu", self.gpus.as_ref().map_or_else(missing, |n| format!("{n}"))),
+            ("cublaslt", self.cublas.as_ref().map_or_else(missing, |()| "there".into())),
+        ]
+    }
+
+    fn write(&self, text: &mut String) {
+        for (name, state) in self.parts() {
+            let _ = writeln!(text, "  {name:<9}  {state}");
+        }
+    }
+
+    fn to_json(&self) -> serde_json::Value {
+        self.parts().into_iter().map(|(name, state)| (name.to_string(), json!(state))).collect()
+    }
 }
 
 /// The instruction sets that the kernels look for.

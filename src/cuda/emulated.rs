@@ -23,7 +23,7 @@ pub enum Schedule {
     Late = 0,
     /// Blocks, warps and lanes descending.
     Reversed = 1,
-    /// A cp.async lands at once.
+    /// Warps take turns at every wait; a cp.async lands at once.
     Eager = 2,
 }
 

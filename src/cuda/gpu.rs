@@ -41,7 +41,7 @@ unsafe impl Send for Gpu {}
 // SAFETY: as above; the driver serialises access to a stream.
 unsafe impl Sync for Gpu {}
 
-/// What stands in the way of a GPU, or the number of them: for `doctor`.
+/// The GPUs that this build can use.
 ///
 /// # Errors
 /// No GPU code in this build, no driver, an old driver, no GPU (4).
@@ -51,7 +51,19 @@ pub fn available() -> Result<usize> {
             .found("no nvcc when it was built")
             .next("scripts/cuda-toolkit.sh, then build again; or --device cpu"));
     }
+    count()
+}
+
+/// The GPUs of this machine.
+///
+/// # Errors
+/// No driver, an old driver, no GPU (4).
+pub fn count() -> Result<usize> {
     driver_version()?;
+    result::init().map_err(|e| match e.0 {
+        sys::cudaError_enum::CUDA_ERROR_NO_DEVICE => no_gpu("CUDA_ERROR_NO_DEVICE"),
+        _ => failure("starting the driver", e),
+    })?;
     let count = result::device::get_count().map_err(|e| failure("counting GPUs", e))?;
     if count == 0 {
         return Err(no_gpu("0 devices"));
@@ -69,7 +81,7 @@ fn no_gpu(found: &str) -> Error {
 /// The driver's API version, as 13000 for 13.0.
 ///
 /// # Errors
-/// No libcuda, no GPU, a driver too old (4).
+/// No libcuda, a driver too old (4).
 pub fn driver_version() -> Result<i32> {
     // SAFETY: only opens a library by name.
     if !unsafe { sys::is_culib_present() } {
@@ -89,10 +101,6 @@ pub fn driver_version() -> Result<i32> {
             .wanted("CUDA 13.0 (driver r580) or later")
             .next("update the driver; or --device cpu"));
     }
-    result::init().map_err(|e| match e.0 {
-        sys::cudaError_enum::CUDA_ERROR_NO_DEVICE => no_gpu("CUDA_ERROR_NO_DEVICE"),
-        _ => failure("starting the driver", e),
-    })?;
     Ok(version)
 }
 

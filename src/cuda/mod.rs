@@ -28,6 +28,11 @@ use std::ops::Range;
 use std::sync::Arc;
 use workspace::{Arena, Workspace};
 
+/// How many kernels this build holds.
+pub fn kernel_count() -> usize {
+    functions::KERNELS.len()
+}
+
 /// A GPU or the emulator of one, with a workspace for what kernels hand to one another. Cheap to clone.
 ///
 /// Ops of one device run in the order in which they are called; handles may move between threads.

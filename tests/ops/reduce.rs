@@ -10,7 +10,7 @@ on_emulated!(sums_are_f64_in_fixed_order);
 mutants!("reduce");
 
 fn sums_are_f64_in_fixed_order<B: reduce::Reduce>(dev: &B) {
-    for len in [0usize, 1, 31, 16_384, 16_385, 100_003] {
+    for len in [0usize, 1, 30, 31, 16_384, 16_385, 100_003] {
         let x = cases::normal::<f32>(1, len + 3, 1e3);
         let x_buf = input(dev, &x);
         let [one, two, three] = cases::by_threads(|| {
