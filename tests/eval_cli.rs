@@ -58,15 +58,7 @@ fn fails(args: &[&str], code: i32, says: &[&str]) {
 
 fn write_checkpoint(folder: &Path, corpus: &Corpus, seed: u64) {
     let vocab = Vocab::load(corpus.path().join("vocab.tsv")).unwrap();
-    let s = vocab.specials();
-    let vocabulary = Vocabulary {
-        digest: Some(vocab.digest().to_string()),
-        mask: s.mask,
-        cls: s.cls,
-        eos: s.eos,
-        first_gene: (0..vocab.len() as u32).find(|id| !vocab.is_special(*id)).unwrap(),
-    };
-    let mut config = Preset::named("tiny").unwrap().config(vocab.len(), vocabulary);
+    let mut config = Preset::named("tiny").unwrap().config(vocab.len(), Vocabulary::of(&vocab));
     (config.width, config.ffn, config.positions) = (32, 48, 64);
     let params = Parameters::<Cpu, f32>::random(&Cpu, &config, seed).unwrap();
     checkpoint::publish(folder, |to| {

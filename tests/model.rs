@@ -23,11 +23,8 @@ fn full_config() -> ModelConfig {
     let mut config = small_config();
     config.value_bins = 6;
     config.attention = Pattern::MarkerSparse { window: 3 };
+    config.globals = (0..config.vocab as u32).step_by(7).collect();
     config
-}
-
-fn globals(config: &ModelConfig) -> Vec<bool> {
-    (0..config.vocab).map(|id| id % 7 == 0).collect()
 }
 
 /// Per tensor, the derivative of the loss along the gradient itself is the gradient's norm. Dropout is on: the same bits are
@@ -37,7 +34,7 @@ fn gradients_are_finite_differences() {
     let config = full_config();
     let mut rig = Rig::<f32>::random(&config, CAPACITY);
     let cells = Cells::random(&config, &LENGTHS, 1);
-    rig.upload(&cells, Some(&globals(&config)));
+    rig.upload(&cells);
     let masked = rig.mask();
     assert!(masked > 8);
     rig.masked_loss(TRAIN, 1.0, true);
@@ -71,7 +68,7 @@ fn pooled_gradients_are_finite_differences() {
     let cells = Cells::random(&config, &LENGTHS, 2);
     for (depth, pooling) in [(2, Pooling::Mean), (1, Pooling::Cls), (0, Pooling::Mean)] {
         let mut rig = Rig::<f32>::random(&config, CAPACITY);
-        rig.upload(&cells, Some(&globals(&config)));
+        rig.upload(&cells);
         let values = cells.len() * config.width;
         let projection: Vec<f32> = (0..values).map(|i| ((i * 37 % 101) as f32 - 50.0) / 50.0).collect();
         let dh = Cpu.upload(&projection).unwrap();
@@ -114,11 +111,10 @@ where
     let config = full_config();
     let mut rig = Rig::<A>::random(&config, CAPACITY);
     let cells = Cells::random(&config, &LENGTHS, 3);
-    let marks = globals(&config);
-    rig.upload(&cells, Some(&marks));
+    rig.upload(&cells);
     let packed = rig.hidden(Pass::Eval, 2);
     for cell in 0..cells.len() {
-        rig.upload(&cells.part(cell..cell + 1), Some(&marks));
+        rig.upload(&cells.part(cell..cell + 1));
         let rows = cells.cell_start[cell] as usize * config.width
             ..cells.cell_start[cell + 1] as usize * config.width;
         assert_same_bits(&format!("cell {cell}"), &rig.hidden(Pass::Eval, 2), &packed[rows]);
@@ -136,7 +132,7 @@ fn evaluation_buffers_give_what_training_buffers_give() {
     let config = full_config();
     let mut rig = Rig::<f32>::random(&config, CAPACITY);
     let cells = Cells::random(&config, &LENGTHS, 4);
-    rig.upload(&cells, None);
+    rig.upload(&cells);
     for depth in 0..=2 {
         let want = rig.hidden(Pass::Eval, depth);
         let mut acts =
@@ -161,9 +157,8 @@ fn evaluation_buffers_give_what_training_buffers_give() {
 fn micro_batches_add_up_to_the_batch() {
     let config = full_config();
     let cells = Cells::random(&config, &LENGTHS, 5);
-    let marks = globals(&config);
     let mut whole = Rig::<f32>::random(&config, CAPACITY);
-    whole.upload(&cells, Some(&marks));
+    whole.upload(&cells);
     let masked = whole.mask();
     assert_eq!(MASKING.count(&config, &cells.gene, 0), masked);
     let scale = 1.0 / masked as f32;
@@ -174,7 +169,7 @@ fn micro_batches_add_up_to_the_batch() {
     let (mut loss, mut hidden, mut count) = (0.0, Vec::new(), 0);
     for range in [0..2, 2..5] {
         let part = cells.part(range.clone());
-        split.upload(&part, Some(&marks));
+        split.upload(&part);
         split.batch.first_row = cells.cell_start[range.start] as u64;
         assert_eq!(MASKING.count(&config, &part.gene, split.batch.first_row), split.mask());
         count += split.head.masked();
@@ -194,7 +189,7 @@ fn micro_batches_add_up_to_the_batch() {
 fn views_and_steps_draw_different_dropout() {
     let config = full_config();
     let mut rig = Rig::<f32>::random(&config, CAPACITY);
-    rig.upload(&Cells::random(&config, &LENGTHS, 6), None);
+    rig.upload(&Cells::random(&config, &LENGTHS, 6));
     let pass = |step, view| Pass::Train { seed: 5, step, view };
     let a = rig.hidden(pass(1, 0), 2);
     assert_same_bits("again", &rig.hidden(pass(1, 0), 2), &a);
@@ -209,8 +204,8 @@ fn bf16_is_near_f32() {
     let cells = Cells::random(&config, &LENGTHS, 7);
     let mut full = Rig::<f32>::random(&config, CAPACITY);
     let mut half = Rig::<bf16>::random(&config, CAPACITY);
-    full.upload(&cells, None);
-    half.upload(&cells, None);
+    full.upload(&cells);
+    half.upload(&cells);
     let (a, b) = (full.hidden(Pass::Eval, 2), half.hidden(Pass::Eval, 2));
     let error: f64 = a.iter().zip(&b).map(|(a, b)| (*a as f64 - b.to_f32() as f64).powi(2)).sum();
     let size: f64 = a.iter().map(|a| (*a as f64).powi(2)).sum();
@@ -231,7 +226,7 @@ fn threads_do_not_change_a_bit() {
     let run = |threads: usize| {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| {
             let mut rig = Rig::<f32>::random(&config, CAPACITY);
-            rig.upload(&cells, None);
+            rig.upload(&cells);
             rig.mask();
             let loss = rig.masked_loss(TRAIN, 1.0, true);
             (loss.to_bits(), rig.grads.flat().to_vec())
@@ -287,8 +282,8 @@ fn a_rank_only_checkpoint_takes_values_on_request_and_computes_the_same() {
     let cells = Cells::random(&ranks, &LENGTHS, 10);
     let mut a = Rig::new(&ranks, params, CAPACITY);
     let mut b = Rig::new(&config, with_values, CAPACITY);
-    a.upload(&cells, None);
-    b.upload(&cells, None);
+    a.upload(&cells);
+    b.upload(&cells);
     assert_same_bits("hidden states", &b.hidden(Pass::Eval, 2), &a.hidden(Pass::Eval, 2));
 }
 
@@ -340,7 +335,7 @@ fn a_batch_beyond_the_buffers_is_an_error() {
     let params = Parameters::<Cpu, f32>::random(&Cpu, &config, 1).unwrap();
     let mut batch = DeviceBatch::new(&Cpu, &config, CAPACITY).unwrap();
     let cells = Cells::random(&config, &[7], 1);
-    batch.upload_cells(&Cpu, &config, &cells.gene, &cells.cell_start, None, None).unwrap();
+    batch.upload_cells(&Cpu, &config, &cells.gene, &cells.cell_start, None).unwrap();
     let encoder = Encoder::new(Cpu, config);
     let e = encoder.forward(params.network(), batch.input(), &mut acts, Pass::Eval, 2).unwrap_err();
     assert!(e.to_string().contains("does not fit"));

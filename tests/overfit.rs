@@ -19,7 +19,7 @@ where
     let capacity = Capacity { tokens: 96, cells: 4 };
     let mut rig = Rig::<A>::random(&config, capacity);
     let cells = Cells::random(&config, &[24, 20, 17, 24], 21);
-    rig.upload(&cells, None);
+    rig.upload(&cells);
     let masked = rig.mask();
     let scale = 1.0 / masked as f32;
     let mut m = Store::<Cpu, f32>::zeros(&Cpu, rig.params.layout()).unwrap();

@@ -38,7 +38,7 @@ fn rig_and_expected() -> (Rig<f32>, TensorFile) {
     let cell_start: Vec<u32> = integers(&expected, "cell_start").iter().map(|x| *x as u32).collect();
     let cells = Cells { value: vec![f16::ZERO; gene.len()], gene, cell_start };
     let mut rig = Rig::new(&config, params, Capacity { tokens: cells.tokens() + 3, cells: cells.len() });
-    rig.upload(&cells, None);
+    rig.upload(&cells);
     (rig, expected)
 }
 

@@ -95,7 +95,7 @@ impl<B: Backend<A>, A: Act> Step<B, A> {
         for len in &case.lengths {
             cell_start.push(cell_start.last().copied().unwrap_or(0) + *len as u32);
         }
-        batch.upload_cells(dev, &config, &genes, &cell_start, None, None)?;
+        batch.upload_cells(dev, &config, &genes, &cell_start, None)?;
         let head = if case.mlm {
             let mut head = MaskedGenes::planned(&mut ledger, &config, capacity, masking)?;
             head.mask(dev, &config, &batch, masking)?;

@@ -43,7 +43,6 @@ impl EncoderFlags {
             pooling: self.pool.as_deref().map(|p| if p == "cls" { Pooling::Cls } else { Pooling::Mean }),
             max_tokens: self.max_tokens.or_else(|| crate::eval::embed::run_context(checkpoint)),
             batch_tokens: self.batch_tokens,
-            globals: None,
         }
     }
 }

@@ -20,6 +20,9 @@ pub struct Flags {
     /// Obs column with the classes.
     #[arg(long, value_name = "COLUMN")]
     label: String,
+    /// Marker sets whose genes are the global tokens of marker-sparse attention; without it those of the checkpoint are.
+    #[arg(long, value_name = "M.gmt")]
+    markers: Option<PathBuf>,
     /// Run folder to write.
     #[arg(long, value_name = "RUN")]
     out: PathBuf,
@@ -41,6 +44,7 @@ pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
     let split = flags.split.flags(Some(flags.label.clone()), flags.labels_per_class);
     let mut inputs = inputs(global, &flags.corpus, &flags.out, split, &flags.resume);
     inputs.checkpoint = Some(flags.checkpoint.clone());
+    inputs.globals = flags.markers.clone();
     let summary = stages::finetune(&inputs, &mut Watcher::new(global))?;
     Ok(Output { text: summary.to_text(), json: summary.to_json() })
 }

@@ -6,7 +6,6 @@ use crate::corpus::Corpus;
 use crate::error::{Error, Result};
 use crate::model::config::Vocabulary;
 use crate::model::{Preset, checkpoint};
-use crate::train::inputs::vocabulary_of;
 use crate::train::plan::{PlanCase, plan};
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -81,7 +80,7 @@ pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
         _ => Stage::Pretrain,
     };
     let corpus = flags.corpus.as_deref().map(Corpus::open).transpose()?;
-    let vocabulary = corpus.as_ref().map(Corpus::vocab).transpose()?.map(|v| (v.len(), vocabulary_of(&v)));
+    let vocabulary = corpus.as_ref().map(Corpus::vocab).transpose()?.map(|v| (v.len(), Vocabulary::of(&v)));
     let mut config = match (&flags.preset, &flags.checkpoint) {
         (Some(name), _) => {
             let preset = Preset::named(name)?;

@@ -25,6 +25,9 @@ pub struct Flags {
     /// Go on from these weights instead: run, checkpoint or Hugging Face folder.
     #[arg(long, value_name = "CKPT")]
     checkpoint: Option<PathBuf>,
+    /// Marker sets whose genes are the global tokens of marker-sparse attention; without it those of the checkpoint are.
+    #[arg(long, value_name = "M.gmt")]
+    markers: Option<PathBuf>,
     /// Run folder to write.
     #[arg(long, value_name = "RUN")]
     out: PathBuf,
@@ -47,6 +50,7 @@ pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
     let mut inputs = inputs(global, &flags.corpus, &flags.out, split, &flags.resume);
     inputs.preset = flags.preset.clone();
     inputs.checkpoint = flags.checkpoint.clone();
+    inputs.globals = flags.markers.clone();
     let summary = stages::pretrain(&inputs, &mut Watcher::new(global))?;
     Ok(Output { text: summary.to_text(), json: summary.to_json() })
 }

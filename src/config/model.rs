@@ -102,6 +102,9 @@ impl ModelSettings {
             AttentionKind::Dense => Pattern::Dense,
             AttentionKind::MarkerSparse => Pattern::MarkerSparse { window: self.window },
         };
+        if config.attention == Pattern::Dense {
+            config.globals.clear();
+        }
         config.pooling = self.pooling;
         config.layer = self.layer;
         config.depth(self.layer)?;

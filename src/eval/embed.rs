@@ -1,21 +1,16 @@
 //! Cell embeddings: the frozen encoder over a corpus, one f32 row a cell, in the order asked for.
-//!
-//! ```text
-//! h_c = pool( hidden state `depth` of cell c )         no dropout, special tokens left out of the mean
-//! ```
-//!
-//! Cells are packed end to end up to a token budget, without padding, so a cell's row depends on the cell alone: the same bits
-//! whatever the budget, the order or the neighbours in the batch. Memory is that of one batch; rows go to a sink as they come.
+//! One pass of [`CellVectors`] over buffers for evaluation; what a row is made of (layer, pooling, context) is the checkpoint's unless
+//! the caller says otherwise.
 
 use super::npy::NpyWriter;
-use crate::corpus::{Batch, BatchOptions, Corpus, Packer};
+use crate::corpus::{BatchOptions, Corpus};
 use crate::device::Act;
 use crate::error::{Error, Result};
 use crate::genes::Vocab;
 use crate::model::checkpoint::{self, LoadOptions};
 use crate::model::config::Vocabulary;
 use crate::model::ledger::Ledger;
-use crate::model::{Activations, Capacity, DeviceBatch, Encoder, ModelConfig, Parameters, Pass, heads};
+use crate::model::{Activations, Capacity, CellVectors, DeviceBatch, Encoder, ModelConfig, Parameters};
 use crate::ops::Backend;
 use crate::ops::pool::Pooling;
 use std::path::{Path, PathBuf};
@@ -32,8 +27,6 @@ pub struct EmbedOptions {
     pub max_tokens: Option<usize>,
     /// Tokens of a batch; `None` = [`BATCH_TOKENS`]. Memory and speed, never results.
     pub batch_tokens: Option<usize>,
-    /// (V) ids that are global tokens under marker-sparse attention; special tokens always are.
-    pub globals: Option<Vec<bool>>,
 }
 
 /// Tokens of a batch where nothing is said: enough work for every thread, and some 50 MB of activations at width 256.
@@ -49,7 +42,6 @@ pub struct Embedder<B: Backend<A>, A: Act> {
     rows: B::Buf<f32>, // (C, D)
     corpus: Arc<Corpus>,
     batch: BatchOptions,
-    globals: Option<Vec<bool>>,
     depth: usize,
     layer: i32,
     pooling: Pooling,
@@ -65,7 +57,7 @@ impl<B: Backend<A>, A: Act> Embedder<B, A> {
         let folder = checkpoint::resolve(path)?;
         let (mut config, params) = checkpoint::load::<B, A>(dev, &folder, LoadOptions::default())?;
         let vocab = Vocab::load(corpus.path().join(checkpoint::VOCABULARY))?;
-        config.adopt_vocabulary(vocab.len(), &vocabulary_of(&vocab))?;
+        config.adopt_vocabulary(vocab.len(), &Vocabulary::of(&vocab))?;
         let layer = options.layer.unwrap_or(config.layer);
         let pooling = options.pooling.unwrap_or(config.pooling);
         let depth = config.depth(layer)?;
@@ -85,7 +77,6 @@ impl<B: Backend<A>, A: Act> Embedder<B, A> {
             params,
             corpus,
             batch,
-            globals: options.globals.clone(),
             depth,
             layer,
             pooling,
@@ -124,26 +115,15 @@ impl<B: Backend<A>, A: Act> Embedder<B, A> {
         &self.folder
     }
 
+    fn vectors(&mut self) -> CellVectors<'_, B, A> {
+        let Embedder { encoder, params, acts, part, rows, depth, pooling, .. } = self;
+        CellVectors { encoder, params, acts, part, rows, depth: *depth, pooling: *pooling }
+    }
+
     /// Hands the rows of `cells`, in that order, to `sink` a batch at a time: corpus indices (n), values (n, D).
-    pub fn each(&mut self, cells: &[u32], mut sink: impl FnMut(&[u32], &[f32]) -> Result<()>) -> Result<()> {
-        let mut packer = Packer::in_order(self.corpus.clone(), cells.to_vec(), self.batch.clone())?;
-        let (mut batch, mut host) = (Batch::default(), Vec::new());
-        let mut done = 0;
-        while packer.fill(&mut batch)? {
-            let config = &self.encoder.config;
-            self.part.upload(&self.dev, config, &batch, self.globals.as_deref())?;
-            let (weights, input) = (self.params.network(), self.part.input());
-            self.encoder.forward(weights, input, &mut self.acts, Pass::Eval, self.depth)?;
-            heads::pool(&self.dev, config, self.pooling, &self.part, &self.acts, self.depth, &mut self.rows)?;
-            host.resize(batch.len() * config.width, 0.0);
-            self.dev.read(&self.rows, &mut host)?;
-            sink(&batch.cells, &host)?;
-            done += batch.len();
-        }
-        if done != cells.len() {
-            return Err(Error::bug("embedding lost cells").found(done).wanted(cells.len()));
-        }
-        Ok(())
+    pub fn each(&mut self, cells: &[u32], sink: impl FnMut(&[u32], &[f32]) -> Result<()>) -> Result<()> {
+        let (corpus, batch) = (self.corpus.clone(), self.batch.clone());
+        self.vectors().each(&corpus, cells, &batch, sink)
     }
 
     /// All rows of `cells`, (C, D).
@@ -157,40 +137,10 @@ impl<B: Backend<A>, A: Act> Embedder<B, A> {
         Ok(all)
     }
 
-    /// Rows of token lists that stand in no corpus, (lists, D): marker sentences. Special tokens are added and lists cut to the
-    /// context, as for a cell.
+    /// Rows of token lists that stand in no corpus, (lists, D): marker sentences.
     pub fn sentences(&mut self, lists: &[Vec<u32>]) -> Result<Vec<f32>> {
-        let config = &self.encoder.config;
-        let (before, after) = (config.vocabulary.cls, config.vocabulary.eos);
         let room = self.context();
-        let mut all = Vec::new();
-        for list in lists {
-            let genes: Vec<u32> =
-                before.into_iter().chain(list.iter().copied().take(room)).chain(after).collect();
-            let start = [0, genes.len() as u32];
-            // No expression stands behind a sentence: values, where the network reads them, are zero.
-            let value = (config.value_bins > 0).then(|| vec![half::f16::ZERO; genes.len()]);
-            self.part.upload_cells(
-                &self.dev,
-                config,
-                &genes,
-                &start,
-                value.as_deref(),
-                self.globals.as_deref(),
-            )?;
-            self.encoder.forward(
-                self.params.network(),
-                self.part.input(),
-                &mut self.acts,
-                Pass::Eval,
-                self.depth,
-            )?;
-            heads::pool(&self.dev, config, self.pooling, &self.part, &self.acts, self.depth, &mut self.rows)?;
-            let from = all.len();
-            all.resize(from + config.width, 0.0);
-            self.dev.read(&self.rows, &mut all[from..])?;
-        }
-        Ok(all)
+        self.vectors().of_lists(lists, room)
     }
 
     /// Writes the rows of all cells, in input order, to `out` (`.npy`) and their ids beside it.
@@ -206,14 +156,6 @@ impl<B: Backend<A>, A: Act> Embedder<B, A> {
         })?;
         file.finish()
     }
-}
-
-/// The vocabulary as far as a network must know it.
-fn vocabulary_of(vocab: &Vocab) -> Vocabulary {
-    let specials = vocab.specials();
-    let first_gene = (0..vocab.len() as u32).find(|id| !vocab.is_special(*id)).unwrap_or(0);
-    let digest = Some(vocab.digest().to_string());
-    Vocabulary { digest, mask: specials.mask, cls: specials.cls, eos: specials.eos, first_gene }
 }
 
 fn batch_options(config: &ModelConfig, corpus: &Corpus, options: &EmbedOptions) -> Result<BatchOptions> {

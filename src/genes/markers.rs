@@ -8,7 +8,7 @@
 use super::markers_file::RawSets;
 use super::vocab::Vocab;
 use crate::error::{Error, Result};
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::io::Write;
 use std::path::Path;
 
@@ -62,6 +62,12 @@ impl MarkerSets {
     /// No sets?
     pub fn is_empty(&self) -> bool {
         self.names.is_empty()
+    }
+
+    /// Every gene of any set, ascending.
+    pub fn genes(&self) -> Vec<u32> {
+        let genes: BTreeSet<u32> = self.sets.iter().flatten().map(|(token, _)| *token).collect();
+        genes.into_iter().collect()
     }
 
     /// Weighted Jaccard J_kl = Σ_g min(a_kg, a_lg) / Σ_g max(a_kg, a_lg), row-major (P, P); 1 on the diagonal, 0 against an empty

@@ -100,23 +100,17 @@ impl<B: Device> DeviceBatch<B> {
         Self::planned(&mut Ledger::new(dev), config, capacity)
     }
 
-    /// Copies a host batch in. `globals` (V) marks the ids that are global tokens under marker-sparse attention; special
-    /// tokens always are. The batch starts a logical batch of its own; set `first_row` and `first_cell` for a later part.
+    /// Copies a host batch in; under marker-sparse attention special tokens and `config.globals` are marked as global. The
+    /// batch starts a logical batch of its own; set `first_row` and `first_cell` for a later part.
     ///
     /// # Errors
     /// Input: an id outside the vocabulary, a cell that is empty or longer than the context, no values where the network
     /// reads them. Bug: more than the capacity.
-    pub fn upload(
-        &mut self,
-        dev: &B,
-        config: &ModelConfig,
-        host: &Batch,
-        globals: Option<&[bool]>,
-    ) -> Result<()> {
+    pub fn upload(&mut self, dev: &B, config: &ModelConfig, host: &Batch) -> Result<()> {
         let mut gene = std::mem::take(&mut self.staging.gene);
         host.gene.widen_into(&mut gene);
         let value = (config.value_bins > 0).then_some(host.value.as_slice());
-        let uploaded = self.upload_cells(dev, config, &gene, &host.cell_start, value, globals);
+        let uploaded = self.upload_cells(dev, config, &gene, &host.cell_start, value);
         self.staging.gene = gene;
         uploaded
     }
@@ -129,7 +123,6 @@ impl<B: Device> DeviceBatch<B> {
         gene: &[u32],
         cell_start: &[u32],
         value: Option<&[f16]>,
-        globals: Option<&[bool]>,
     ) -> Result<()> {
         let (tokens, cells) = (gene.len(), cell_start.len().saturating_sub(1));
         if tokens > self.capacity.tokens || cells > self.capacity.cells {
@@ -157,10 +150,8 @@ impl<B: Device> DeviceBatch<B> {
             dev.write(value_bins, per_token)?;
         }
         if let Some(global) = &mut self.global {
-            let first_gene = config.vocabulary.first_gene;
-            let is_global = |id: u32| {
-                id < first_gene || globals.is_some_and(|g| g.get(id as usize).copied().unwrap_or(false))
-            };
+            let is_global =
+                |id: u32| id < config.vocabulary.first_gene || config.globals.binary_search(&id).is_ok();
             self.staging.global.clear();
             self.staging.global.extend(gene.iter().map(|id| u8::from(is_global(*id))));
             dev.write(global, &self.staging.global)?;
@@ -226,16 +217,15 @@ mod tests {
         let vocabulary = Vocabulary { cls: Some(2), eos: Some(3), first_gene: 4, mask: 1, digest: None };
         let mut config = PRESETS[0].config(20, vocabulary);
         config.attention = Pattern::MarkerSparse { window: 2 };
+        config.globals = vec![5, 9, 17];
         let capacity = Capacity { tokens: 8, cells: 3 };
         let mut b = DeviceBatch::new(&Cpu, &config, capacity).unwrap();
-        let mut globals = vec![false; 20];
-        globals[9] = true;
-        b.upload_cells(&Cpu, &config, &[2, 9, 8, 3, 2, 7, 3], &[0, 4, 7], None, Some(&globals)).unwrap();
+        b.upload_cells(&Cpu, &config, &[2, 9, 8, 3, 2, 7, 3], &[0, 4, 7], None).unwrap();
         assert_eq!(b.position[..7], [0, 1, 2, 3, 0, 1, 2]);
         assert_eq!(b.global.as_ref().unwrap()[..7], [1, 1, 0, 1, 1, 0, 1]);
         assert_eq!((b.tokens, b.cells, b.max_len), (7, 2, 4));
         let mut refuse = |gene: &[u32], start: &[u32]| {
-            b.upload_cells(&Cpu, &config, gene, start, None, None).unwrap_err().to_string()
+            b.upload_cells(&Cpu, &config, gene, start, None).unwrap_err().to_string()
         };
         assert!(refuse(&[4, 20], &[0, 2]).contains("outside the vocabulary"));
         assert!(refuse(&[4, 5], &[0, 0, 2]).contains("without tokens"));

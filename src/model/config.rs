@@ -5,6 +5,7 @@
 //! such object; then the caller says which vocabulary the ids belong to ([`ModelConfig::adopt_vocabulary`]).
 
 use crate::error::{Error, Result, nearest};
+use crate::genes::Vocab;
 use crate::ops::gene_attention::Pattern;
 use crate::ops::pool::Pooling;
 use serde_json::{Map, Value, json};
@@ -38,6 +39,9 @@ pub struct ModelConfig {
     pub value_bins: usize,
     /// Which pairs of tokens attend.
     pub attention: Pattern,
+    /// Genes that are global tokens under marker-sparse attention, ascending; special tokens always are. Part of the network:
+    /// whoever opens a checkpoint runs it with the globals it was trained with.
+    pub globals: Vec<u32>,
     /// How a cell vector is made.
     pub pooling: Pooling,
     /// Default layer of embeddings, counted as Geneformer does: 0 = last layer, -1 = the one before it.
@@ -59,6 +63,20 @@ pub struct Vocabulary {
     pub eos: Option<u32>,
     /// Ids below this are special tokens.
     pub first_gene: u32,
+}
+
+impl Vocabulary {
+    /// What a network must know of `vocab`.
+    pub fn of(vocab: &Vocab) -> Vocabulary {
+        let specials = vocab.specials();
+        Vocabulary {
+            digest: Some(vocab.digest().to_string()),
+            mask: specials.mask,
+            cls: specials.cls,
+            eos: specials.eos,
+            first_gene: (0..vocab.len() as u32).find(|id| !vocab.is_special(*id)).unwrap_or(0),
+        }
+    }
 }
 
 /// Named sizes.
@@ -143,6 +161,7 @@ impl Preset {
             pad_token: 0,
             value_bins: 0,
             attention: Pattern::Dense,
+            globals: Vec::new(),
             pooling: if cls { Pooling::Cls } else { Pooling::Mean },
             layer: if geneformer { -1 } else { 0 },
             vocabulary,
@@ -237,6 +256,15 @@ impl ModelConfig {
                 return bad(&format!("{name} is no probability"), p.to_string(), "at least 0 and below 1");
             }
         }
+        if !self.globals.is_sorted_by(|a, b| a < b)
+            || self.globals.last().is_some_and(|g| *g as usize >= self.vocab)
+        {
+            return bad(
+                "the global genes are no set of gene ids",
+                format!("{} ids, the last {:?}", self.globals.len(), self.globals.last()),
+                "ascending ids below vocab_size",
+            );
+        }
         if self.positions > crate::rng::ATTENTION_ROW_STRIDE as usize {
             return bad("the context is too long", self.positions.to_string(), "at most 65,536 tokens");
         }
@@ -255,7 +283,9 @@ impl ModelConfig {
         let v = &self.vocabulary;
         let attention = match self.attention {
             Pattern::Dense => json!("dense"),
-            Pattern::MarkerSparse { window } => json!({"marker_sparse": {"window": window}}),
+            Pattern::MarkerSparse { window } => {
+                json!({"marker_sparse": {"window": window, "globals": self.globals}})
+            }
         };
         json!({
             "architectures": ["BertForMaskedLM"],
@@ -332,6 +362,7 @@ impl ModelConfig {
             pad_token: fields.size_or("pad_token_id", 0)? as u32,
             value_bins: 0,
             attention: Pattern::Dense,
+            globals: Vec::new(),
             pooling: Pooling::Mean,
             layer: -1,
             vocabulary: Vocabulary { mask: 1, first_gene: 2, ..Vocabulary::default() },
@@ -376,14 +407,20 @@ impl ModelConfig {
         }
         self.value_bins = fields.size_or("value_bins", 0)?;
         if let Some(v) = fields.map.get("attention") {
-            let window = || v.get("marker_sparse")?.get("window")?.as_u64();
-            self.attention = match (v.as_str(), window()) {
-                (Some("dense"), _) => Pattern::Dense,
-                (_, Some(window)) => Pattern::MarkerSparse { window: window as usize },
+            let sparse = || {
+                let own = v.get("marker_sparse")?;
+                // Checkpoints of the first version name no globals.
+                let ids = own.get("globals").map_or(Some(Vec::new()), |ids| {
+                    ids.as_array()?.iter().map(|id| u32::try_from(id.as_u64()?).ok()).collect()
+                })?;
+                Some((own.get("window")?.as_u64()? as usize, ids))
+            };
+            (self.attention, self.globals) = match (v.as_str(), sparse()) {
+                (Some("dense"), _) => (Pattern::Dense, Vec::new()),
+                (_, Some((window, globals))) => (Pattern::MarkerSparse { window }, globals),
                 _ => {
-                    return Err(
-                        fields.unsupported("attention", "\"dense\" or {\"marker_sparse\": {\"window\": n}}")
-                    );
+                    let wanted = "\"dense\" or {\"marker_sparse\": {\"window\": n, \"globals\": [ids]}}";
+                    return Err(fields.unsupported("attention", wanted));
                 }
             };
         }
@@ -468,6 +505,7 @@ mod tests {
             Vocabulary { digest: Some("ab".repeat(32)), mask: 1, cls: Some(2), eos: Some(3), first_gene: 4 };
         let mut c = Preset::named("tiny").unwrap().config(50, v);
         c.attention = Pattern::MarkerSparse { window: 32 };
+        c.globals = vec![4, 9, 49];
         c.value_bins = 16;
         c
     }
@@ -505,6 +543,15 @@ mod tests {
         assert!(change("hidden_size", json!(-4)).unwrap_err().contains("hidden_size"));
         assert!(change("type_vocab_size", json!(1)).unwrap_err().contains("type_vocab_size"));
         assert!(change("hidden_dropout_prob", json!(1.5)).unwrap_err().contains("probability"));
+        let globals = |ids: Value| {
+            let sparse = json!({"marker_sparse": {"window": 3, "globals": ids}});
+            let own = json!({"attention": sparse, "value_bins": 0});
+            change("cellrefine", own).map(|c| c.globals)
+        };
+        assert_eq!(globals(json!([5, 8])), Ok(vec![5, 8]));
+        assert!(globals(json!([8, 5])).unwrap_err().contains("ascending"));
+        assert!(globals(json!([5, 50])).unwrap_err().contains("below vocab_size"));
+        assert!(globals(json!(["CD3D"])).unwrap_err().contains("attention"));
         let mut j = tiny().to_json();
         j.as_object_mut().unwrap().shift_remove("vocab_size");
         let e = ModelConfig::from_json(&j, "config.json").unwrap_err();

@@ -11,6 +11,7 @@
 //! | [`encoder`] | `forward` and its mirror `backward` |
 //! | [`heads`] | masked-gene head, pooling, classifier |
 //! | [`tensors`], [`checkpoint`] | safetensors files; Hugging Face folders, read strictly and written atomically |
+//! | [`cell_vectors`] | vectors of cells and of token lists from a network at rest |
 //! | [`flops`] | counted matmul work of a batch |
 //!
 //! A training step on one micro-batch, in the order of the calls:
@@ -19,7 +20,7 @@
 //! let mut params = Parameters::<B, A>::random(&dev, &config, seed)?;   // or checkpoint::load(…)
 //! let mut grads = Store::zeros(&dev, params.layout())?;           // f32
 //! let mut acts = Activations::training(&mut ledger, &config, capacity)?;
-//! batch.upload(&dev, &config, &host_batch, globals)?;
+//! batch.upload(&dev, &config, &host_batch)?;
 //! encoder.forward(params.network(), batch.input(), &mut acts, pass, depth)?;
 //! heads::pool(…, &acts, …, &mut h)?;                              // (C, D) f32: the loss starts here
 //! heads::pool_backward(…, &dh, &mut acts)?;                       // sets acts.dx
@@ -28,6 +29,7 @@
 
 pub mod activations;
 pub mod batch;
+pub mod cell_vectors;
 pub mod checkpoint;
 pub mod config;
 pub mod encoder;
@@ -40,6 +42,7 @@ pub mod weights;
 
 pub use activations::{Activations, Capacity};
 pub use batch::{DeviceBatch, Input};
+pub use cell_vectors::CellVectors;
 pub use config::{ModelConfig, Preset};
 pub use encoder::{Encoder, Pass};
 pub use store::{Layout, Parameters, Store};

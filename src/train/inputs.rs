@@ -1,6 +1,6 @@
 //! What every stage opens first: corpus, vocabulary, checkpoint, split, run folder; and how an older run lends its split.
 
-use super::folder::{RunFolder, checkpoints, verify, write_atomically};
+use super::folder::{RunFolder, checkpoints, sha256_of, verify, write_atomically};
 use super::observer::Observer;
 use crate::backend::Choice;
 use crate::config::{Settings, Sources, Stage};
@@ -8,9 +8,11 @@ use crate::corpus::splits::{SplitRecord, SplitRule};
 use crate::corpus::{Corpus, Split, SplitSpec};
 use crate::error::{Error, Result};
 use crate::genes::Vocab;
+use crate::genes::markers_file::RawSets;
 use crate::model::checkpoint::{self, VOCABULARY};
 use crate::model::config::Vocabulary;
 use crate::model::{ModelConfig, Preset};
+use crate::ops::gene_attention::Pattern;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -64,6 +66,9 @@ pub struct RunInputs {
     pub preset: Option<String>,
     /// Run, checkpoint or Hugging Face folder.
     pub checkpoint: Option<PathBuf>,
+    /// Marker sets whose genes are the global tokens of marker-sparse attention; without them, those of the checkpoint are.
+    /// Refine takes the genes of its own markers.
+    pub globals: Option<PathBuf>,
     /// Division of the cells.
     pub split: SplitFlags,
     /// Continue?
@@ -109,7 +114,7 @@ pub fn open(
     }
     let vocab_file = corpus.vocab_file()?;
     let vocab = Vocab::load(corpus.path().join(VOCABULARY))?;
-    let vocabulary = vocabulary_of(&vocab);
+    let vocabulary = Vocabulary::of(&vocab);
     let start = inputs.checkpoint.as_deref().map(checkpoint::resolve).transpose()?;
     let mut config = match (&start, &inputs.preset) {
         (Some(folder), None) => {
@@ -123,6 +128,9 @@ pub fn open(
     let resume = resume_point(inputs, observer)?;
     let settings = effective(stage, inputs, &config, resume.is_some())?;
     settings.model.apply_to(&mut config, start.is_some())?;
+    if let Some(file) = &inputs.globals {
+        config.globals = globals(file, &vocab, &config)?;
+    }
     let split = divide(&corpus, inputs, &settings, default_rule, resume.is_some(), observer)?;
     Ok(Opened { corpus, vocab, vocab_file, config, start, resume, settings, split })
 }
@@ -150,6 +158,10 @@ impl Opened {
         let record = serde_json::to_value(self.split.record()).map_err(|e| Error::bug(e.to_string()))?;
         let mut identity = json!({"stage": stage, "corpus": self.corpus.digest(), "vocabulary": self.vocab.digest(),
             "split": record});
+        if !self.config.globals.is_empty() {
+            let globals = sha256_of(bytemuck::cast_slice(&self.config.globals));
+            identity["globals"] = Value::String(globals);
+        }
         if let (Some(identity), Value::Object(more)) = (identity.as_object_mut(), more) {
             identity.extend(more);
         }
@@ -174,17 +186,16 @@ impl Opened {
     }
 }
 
-/// The vocabulary as far as a network must know it.
-pub fn vocabulary_of(vocab: &Vocab) -> Vocabulary {
-    let specials = vocab.specials();
-    let first_gene = (0..vocab.len() as u32).find(|id| !vocab.is_special(*id)).unwrap_or(0);
-    Vocabulary {
-        digest: Some(vocab.digest().to_string()),
-        mask: specials.mask,
-        cls: specials.cls,
-        eos: specials.eos,
-        first_gene,
+/// The genes of all sets of a marker file.
+fn globals(file: &Path, vocab: &Vocab, config: &ModelConfig) -> Result<Vec<u32>> {
+    if config.attention == Pattern::Dense {
+        return Err(Error::usage(
+            "--markers names the global tokens of marker-sparse attention, and attention is dense",
+        )
+        .at(file.display())
+        .next("--set model.attention=marker-sparse, or leave --markers out"));
     }
+    Ok(RawSets::load(file, vocab, None)?.all()?.genes())
 }
 
 /// The checkpoint that a resumed run continues from.

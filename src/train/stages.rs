@@ -126,7 +126,7 @@ pub fn refine(inputs: &RunInputs, markers: &MarkerInputs, observer: &mut dyn Obs
 
 fn refine_on<B: Backend<A>, A: Act>(
     dev: &B,
-    opened: Opened,
+    mut opened: Opened,
     inputs: &RunInputs,
     marker_inputs: &MarkerInputs,
     observer: &mut dyn Observer,
@@ -145,15 +145,13 @@ fn refine_on<B: Backend<A>, A: Act>(
             );
         }
     };
+    if matches!(opened.config.attention, Pattern::MarkerSparse { .. }) {
+        opened.config.globals = markers.genes();
+    }
     let depth = opened.config.depth(opened.config.layer)?;
     let mlm = settings.objective.mlm > 0.0;
     let mut trunk =
         trunk::<B, A>(dev, &opened, |p| learns_below(p, depth, 0) || (mlm && p.name.starts_with("head.")))?;
-    if matches!(opened.config.attention, Pattern::MarkerSparse { .. }) {
-        let mut globals = vec![false; opened.vocab.len()];
-        markers.sets.iter().flatten().for_each(|(token, _)| globals[*token as usize] = true);
-        trunk.globals = Some(globals);
-    }
     let mut started = start(&mut trunk, &opened, inputs, &markers, &training, labelled, observer)?;
     let folder = opened.claim(&inputs.out)?;
     started.write(&inputs.out)?;

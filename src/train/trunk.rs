@@ -6,14 +6,14 @@
 
 use super::optimizer::{Moments, SLOTS, Span, spans};
 use crate::config::Settings;
-use crate::corpus::{Batch, BatchOptions, Corpus, Packer};
+use crate::corpus::{Batch, BatchOptions, Corpus};
 use crate::device::Act;
 use crate::error::{Error, Result};
 use crate::model::flops::Work;
 use crate::model::ledger::Ledger;
 use crate::model::weights::Parameter;
 use crate::model::{
-    Activations, Capacity, DeviceBatch, Encoder, ModelConfig, Parameters, Pass, Store, heads,
+    Activations, Capacity, CellVectors, DeviceBatch, Encoder, ModelConfig, Parameters, Pass, Store,
 };
 use crate::ops::Backend;
 use crate::ops::gene_attention::Pattern;
@@ -74,14 +74,14 @@ pub struct Trunk<B: Backend<A>, A: Act> {
     pub acts: Activations<B, A>,
     /// The part on the device.
     pub part: DeviceBatch<B>,
+    /// (C, D) vectors of a part's cells, where they are embedded between steps.
+    rows: B::Buf<f32>,
     /// Loss and norm sums.
     pub scalars: B::Buf<f64>,
     /// What the corpus batches look like.
     pub options: BatchOptions,
     /// The cells.
     pub corpus: Arc<Corpus>,
-    /// (V) ids that are global tokens under marker-sparse attention.
-    pub globals: Option<Vec<bool>>,
     genes: Vec<u32>,
 }
 
@@ -105,13 +105,13 @@ impl<B: Backend<A>, A: Act> Trunk<B, A> {
             spans: spans(layout, learns),
             acts: Activations::training(&mut ledger, config, capacity)?,
             part: DeviceBatch::planned(&mut ledger, config, capacity)?,
-            scalars: dev.zeros(SLOTS)?,
+            rows: ledger.zeros("cell vectors of evaluation", "(C, D)", capacity.cells * config.width)?,
+            scalars: ledger.zeros("scalars", "()", SLOTS)?,
             encoder: Encoder::new(dev.clone(), config.clone()),
             dev: dev.clone(),
             params,
             options,
             corpus,
-            globals: None,
             genes: Vec::new(),
         })
     }
@@ -151,57 +151,36 @@ impl<B: Backend<A>, A: Act> Trunk<B, A> {
         let value: Option<&[f16]> = logical.batch.value.get(tokens.clone()).filter(|v| !v.is_empty());
         let config = &self.encoder.config;
         let gene = &logical.gene[tokens.clone()];
-        self.part.upload_cells(&self.dev, config, gene, &start, value, self.globals.as_deref())?;
+        self.part.upload_cells(&self.dev, config, gene, &start, value)?;
         self.part.first_row = first_row + tokens.start as u64;
         self.part.first_cell = cells.start;
         Ok(())
     }
 
-    /// Vectors of made-up cells: token lists without special tokens, each within the context. Marker sentences go through here.
+    /// Vectors of made-up cells: token lists without special tokens. Marker sentences go through here.
     pub fn embed_lists(&mut self, lists: &[Vec<u32>]) -> Result<Vec<f32>> {
-        let config = self.encoder.config.clone();
-        let (depth, width) = (config.depth(config.layer)?, config.width);
-        let mut h = self.dev.zeros::<f32>(width)?;
-        let mut rows = vec![0.0; lists.len() * width];
-        for (list, row) in lists.iter().zip(rows.chunks_exact_mut(width)) {
-            let mut gene: Vec<u32> = config.vocabulary.cls.into_iter().collect();
-            gene.extend(list);
-            gene.extend(config.vocabulary.eos);
-            // A sentence has ranks and no expression: every gene stands at ln(1 + 10⁴ · 2·10⁻⁴), a common value.
-            let value = vec![f16::from_f32(1.1); gene.len()];
-            let start = [0, gene.len() as u32];
-            let globals = self.globals.as_deref();
-            self.part.upload_cells(&self.dev, &config, &gene, &start, Some(&value), globals)?;
-            let Trunk { encoder, params, part, acts, .. } = self;
-            encoder.forward(params.network(), part.input(), acts, Pass::Eval, depth)?;
-            heads::pool(&self.dev, &config, config.pooling, &self.part, &self.acts, depth, &mut h)?;
-            self.dev.read(&h, row)?;
-        }
-        Ok(rows)
+        let room = self.options.max_tokens - self.config().prefix() - self.config().suffix();
+        self.vectors()?.of_lists(lists, room)
     }
 
     /// Cell vectors (C, D) of `cells` in their order, without dropout, from `model.layer` and `model.pooling`.
     pub fn embed(&mut self, cells: &[u32]) -> Result<Vec<f32>> {
-        let config = self.encoder.config.clone();
-        let (depth, width) = (config.depth(config.layer)?, config.width);
-        let capacity = self.capacity();
-        let options = BatchOptions { cells: capacity.cells, tokens: capacity.tokens, ..self.options.clone() };
-        let mut packer = Packer::in_order(self.corpus.clone(), cells.to_vec(), options)?;
-        let mut h = self.dev.zeros::<f32>(capacity.cells * width)?;
-        let (mut batch, mut rows) = (Batch::default(), Vec::with_capacity(cells.len() * width));
-        while packer.fill(&mut batch)? {
-            self.part.upload(&self.dev, &config, &batch, self.globals.as_deref())?;
-            let Trunk { encoder, params, part, acts, .. } = self;
-            encoder.forward(params.network(), part.input(), acts, Pass::Eval, depth)?;
-            heads::pool(&self.dev, &config, config.pooling, &self.part, &self.acts, depth, &mut h)?;
-            let from = rows.len();
-            rows.resize(from + batch.len() * width, 0.0);
-            self.dev.read(&h, &mut rows[from..])?;
-        }
-        if rows.len() != cells.len() * width {
-            return Err(Error::bug("embedding lost cells").found(rows.len() / width).wanted(cells.len()));
-        }
-        Ok(rows)
+        let Capacity { tokens, cells: most } = self.capacity();
+        let options = BatchOptions { cells: most, tokens, ..self.options.clone() };
+        let corpus = self.corpus.clone();
+        let mut all = Vec::with_capacity(cells.len() * self.config().width);
+        self.vectors()?.each(&corpus, cells, &options, |_, rows| {
+            all.extend_from_slice(rows);
+            Ok(())
+        })?;
+        Ok(all)
+    }
+
+    /// The network at rest, in the buffers of its training.
+    fn vectors(&mut self) -> Result<CellVectors<'_, B, A>> {
+        let Trunk { encoder, params, acts, part, rows, .. } = self;
+        let (depth, pooling) = (encoder.config.depth(encoder.config.layer)?, encoder.config.pooling);
+        Ok(CellVectors { encoder, params, acts, part, rows, depth, pooling })
     }
 }
 

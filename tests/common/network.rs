@@ -105,10 +105,10 @@ where
     pub fn random(config: &ModelConfig, capacity: Capacity) -> Self {
         Self::new(config, Parameters::random(&Cpu, config, 1).unwrap(), capacity)
     }
-    pub fn upload(&mut self, cells: &Cells, globals: Option<&[bool]>) {
+    pub fn upload(&mut self, cells: &Cells) {
         let config = &self.encoder.config;
         let value = Some(&cells.value[..]);
-        self.batch.upload_cells(&Cpu, config, &cells.gene, &cells.cell_start, value, globals).unwrap();
+        self.batch.upload_cells(&Cpu, config, &cells.gene, &cells.cell_start, value).unwrap();
     }
     /// Hidden state `depth` (N, D) after a clean forward pass.
     pub fn hidden(&mut self, pass: Pass, depth: usize) -> Vec<A> {
