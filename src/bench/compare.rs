@@ -42,8 +42,9 @@ pub fn compare(report: &mut Value, old: &Path, fail_above: Option<f64>) -> Resul
         .next("run both again, interleaved, on a quiet machine"))
 }
 
-/// (name, milliseconds) of each case of a report: the report itself, or its `kernels`.
+/// (name, milliseconds) of each case of a report: its `steps`, `kernels` and `loader` where it has them, else the report itself.
 fn cases(report: &Value) -> Vec<(String, f64)> {
+    const STEP: [&str; 8] = ["bench", "preset", "seq", "batch", "mode", "head", "dtype", "threads"];
     let named = |case: &Value, fields: &[&str]| {
         let name: Vec<String> = fields
             .iter()
@@ -51,11 +52,19 @@ fn cases(report: &Value) -> Vec<(String, f64)> {
             .collect();
         case["ms_median"].as_f64().filter(|ms| *ms > 0.0).map(|ms| (name.join(" "), ms))
     };
-    match report["kernels"].as_array() {
-        Some(kernels) => kernels.iter().filter_map(|k| named(k, &["name", "shape", "dtype"])).collect(),
-        None => named(report, &["bench", "preset", "seq", "batch", "mode", "head", "dtype", "threads"])
-            .into_iter()
-            .collect(),
+    let list = |name: &str| report[name].as_array().map_or(&[][..], Vec::as_slice);
+    let steps = list("steps").iter().filter_map(|s| named(s, &STEP));
+    let kernels = list("kernels").iter().filter_map(|k| named(k, &["name", "shape", "dtype"]));
+    let mut all: Vec<(String, f64)> = steps.chain(kernels).collect();
+    // A loader is told by its rate: milliseconds for a million cells.
+    let loader = if report["loader"].is_object() { &report["loader"] } else { report };
+    if let (Some(order), Some(rate)) = (loader["order"].as_str(), loader["cells_per_s"].as_f64()) {
+        all.push((format!("loader {order} {} threads, a million cells", loader["threads"]), 1e9 / rate));
+    }
+    all.extend(named(&report["pack"], &["bench", "file", "threads"]));
+    match all.is_empty() {
+        true => named(report, &STEP).into_iter().collect(),
+        false => all,
     }
 }
 

@@ -4,9 +4,10 @@
 //! result written once) over the measured copy bandwidth; `fraction_of_floor` is floor time over measured time. Working sets
 //! that fit a cache can pass a bandwidth floor: then the fraction is above 1.
 
-use super::{Effort, peak, round4, time};
+use super::peak::Ceiling;
+use super::{Effort, round4, time};
 use crate::device::{Act, Dropout};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::config::Preset;
 use crate::ops::gene_attention::Pattern;
 use crate::ops::{Backend, adamw, embed, gene_attention, layernorm, linear, prototype_loss, reduce};
@@ -20,6 +21,8 @@ pub struct KernelCase {
     pub preset: Preset,
     /// Tokens of each cell.
     pub lengths: Vec<usize>,
+    /// How long to measure each.
+    pub effort: Effort,
     /// Seed of the inputs.
     pub seed: u64,
 }
@@ -29,6 +32,7 @@ struct Report {
     peak_gflop_per_s: f64,
     copy_gb_per_s: f64,
     dtype: &'static str,
+    effort: Effort,
     rows: Vec<Value>,
 }
 
@@ -41,7 +45,7 @@ impl Report {
         bytes: f64,
         call: impl FnMut() -> Result<()>,
     ) -> Result<()> {
-        let timing = time(Effort::kernels(), call)?;
+        let timing = time(self.effort, call)?;
         let ms = timing.median_ms();
         let floor_ms = 1e-6 * (flop / self.peak_gflop_per_s).max(bytes / self.copy_gb_per_s);
         self.rows.push(json!({
@@ -60,17 +64,21 @@ impl Report {
 }
 
 /// Times every op of the network's body and of its heads.
-pub fn run<B: Backend<A>, A: Act>(dev: &B, case: &KernelCase) -> Result<Value> {
+pub fn run<B: Backend<A> + Ceiling, A: Act>(dev: &B, case: &KernelCase) -> Result<Value> {
     let p = case.preset;
     let (n, d, f, h, v) = (case.lengths.iter().sum::<usize>(), p.width, p.ffn, p.heads, p.vocab);
     let positions = p.positions.max(case.lengths.iter().copied().max().unwrap_or(1));
     let pairs: f64 = case.lengths.iter().map(|l| (l * l) as f64).sum();
-    let peak = peak::measure(!A::IS_F32);
-    let bandwidth = peak::copy_gb_per_s();
+    let no_floor = || {
+        Error::environment("this device has no measured ceiling to hold kernels against").found(dev.name())
+    };
+    let peak = dev.peak(!A::IS_F32).ok_or_else(no_floor)?;
+    let bandwidth = dev.copy_gb_per_s().ok_or_else(no_floor)?;
     let mut report = Report {
         peak_gflop_per_s: peak.gflop_per_s,
         copy_gb_per_s: bandwidth,
         dtype: A::NAME,
+        effort: case.effort,
         rows: Vec::new(),
     };
     let mut random = Philox::new(case.seed, 1, site::BENCH);

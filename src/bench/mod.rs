@@ -8,8 +8,10 @@ pub mod attention;
 pub mod compare;
 pub mod kernels;
 pub mod loader;
+pub mod pack;
 pub mod peak;
 pub mod step;
+pub mod table;
 
 use crate::error::Result;
 use std::time::Instant;
@@ -35,6 +37,10 @@ impl Effort {
     /// Single ops.
     pub fn kernels() -> Self {
         Effort { warm_up_s: 0.05, sample_s: 0.05, total_s: 0.25, samples: 3 }
+    }
+    /// Does it run, and about how fast: no number to quote.
+    pub fn quick() -> Self {
+        Effort { warm_up_s: 0.0, sample_s: 0.0, total_s: 0.0, samples: 2 }
     }
 }
 
@@ -100,6 +106,13 @@ fn own_seconds() -> f64 {
     // The command name may hold spaces; fields are counted after its closing bracket: utime and stime are the 12th and 13th.
     let rest = stat.rsplit(')').next().unwrap_or("");
     rest.split_whitespace().skip(11).take(2).filter_map(|t| t.parse::<f64>().ok()).sum::<f64>() / TICKS_PER_S
+}
+
+/// Peak resident memory of this process, where the system says it.
+pub fn peak_memory_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kb| kb * 1024)
 }
 
 /// Four significant digits: what a timing is worth.

@@ -1,7 +1,7 @@
 //! `cellrefine bench`: timings against counted floors.
 
 use super::{Global, Output};
-use crate::bench::{compare, kernels, loader, step};
+use crate::bench::{Effort, compare, kernels, loader, step, table};
 use crate::config::Precision;
 use crate::error::{Error, Result};
 use crate::model::Preset;
@@ -13,11 +13,12 @@ use std::path::{Path, PathBuf};
 /// Flags of `bench`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  \
+    cellrefine bench cpu --threads 2 --h5ad cells.h5ad --json\n  \
     cellrefine bench step --preset gf-v1-10m --seq 2048 --batch 8 --mode train --threads 2 --json\n  \
     cellrefine bench kernels --preset gf-v1-10m --dtype bf16\n  \
     cellrefine bench loader --corpus pbmc.cells")]
 pub struct Flags {
-    /// What to time: every op alone, a whole forward or training step, or the loader.
+    /// What to time: every op alone, a whole forward or training step, the loader, or all of it as one table (cpu).
     #[arg(value_enum)]
     what: What,
     /// Size of the network: tiny, small, gf-v1-10m, gf-v1-40m, gf-v2-104m, gf-v2-316m.
@@ -41,9 +42,15 @@ pub struct Flags {
     /// Head of a step: none (the gradient of a fixed random projection) or masked genes on 15 % of the tokens.
     #[arg(long, value_enum, default_value = "none")]
     head: Head,
-    /// Seconds of samples.
+    /// Seconds of samples of a step.
     #[arg(long, default_value_t = 8.0, value_name = "S")]
     seconds: f64,
+    /// cpu: one cell a step and two samples; seconds in place of minutes, and no number to quote.
+    #[arg(long)]
+    quick: bool,
+    /// cpu: also pack this file.
+    #[arg(long, value_name = "FILE.h5ad")]
+    h5ad: Option<PathBuf>,
     /// Loader: a corpus; without it a synthetic one is made.
     #[arg(long, value_name = "X.cells")]
     corpus: Option<PathBuf>,
@@ -66,6 +73,7 @@ enum What {
     Kernels,
     Step,
     Loader,
+    Cpu,
 }
 #[derive(Debug, Clone, Copy, PartialEq, clap::ValueEnum)]
 enum Mode {
@@ -89,7 +97,15 @@ fn share(text: &str) -> std::result::Result<f64, String> {
 
 pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
     let seed = global.seed.unwrap_or(0);
+    let preset = Preset::named(&flags.preset)?;
     let mut json = match flags.what {
+        What::Cpu => {
+            let case = match flags.quick {
+                true => table::TableCase::quick(preset, seed),
+                false => table::TableCase::full(preset, flags.seconds, seed),
+            };
+            table::run(&table::TableCase { h5ad: flags.h5ad.clone(), ..case }, |what| global.note(what))?
+        }
         What::Loader => {
             let case = loader::LoaderCase {
                 corpus: flags.corpus.clone(),
@@ -103,25 +119,29 @@ pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
         }
         What::Step => {
             let case = step::StepCase {
-                preset: Preset::named(&flags.preset)?,
+                preset,
                 lengths: lengths(flags)?,
                 train: flags.mode == Mode::Train,
                 mlm: flags.head == Head::Mlm,
-                seconds: flags.seconds,
+                effort: Effort::steps(flags.seconds),
                 seed,
             };
             on_backend!(global.device, flags.dtype, |dev: B, A| step::run::<B, A>(dev, &case)?)
         }
         What::Kernels => {
-            let case =
-                kernels::KernelCase { preset: Preset::named(&flags.preset)?, lengths: lengths(flags)?, seed };
+            let effort = Effort::kernels();
+            let case = kernels::KernelCase { preset, lengths: lengths(flags)?, effort, seed };
             on_backend!(global.device, flags.dtype, |dev: B, A| kernels::run::<B, A>(dev, &case)?)
         }
     };
     if let Some(old) = &flags.compare {
         compare::compare(&mut json, old, flags.fail_above)?;
     }
-    Ok(Output { text: text(&json), json })
+    let text = match flags.what {
+        What::Cpu => table::to_markdown(&json),
+        _ => text(&json),
+    };
+    Ok(Output { text, json })
 }
 
 /// The cells of a step.

@@ -156,7 +156,7 @@ fn output(flags: &Flags, report: &PackReport, seconds: f64) -> Output {
     if report.renamed > 0 {
         let _ = write!(text, "\n{} cell names came again within an input and got a number", report.renamed);
     }
-    let peak = peak_memory_bytes();
+    let peak = crate::bench::peak_memory_bytes();
     let _ = write!(text, "\n{seconds:.2} s");
     if let Some(bytes) = peak {
         let _ = write!(text, ", {} MB of memory at the peak", bytes / 1_000_000);
@@ -169,11 +169,4 @@ fn output(flags: &Flags, report: &PackReport, seconds: f64) -> Output {
         "notes": report.notes, "seconds": seconds, "peak_memory_bytes": peak,
     });
     Output { text, json }
-}
-
-/// Peak resident memory of this process, where the system says it.
-pub(super) fn peak_memory_bytes() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kb| kb * 1024)
 }

@@ -10,7 +10,7 @@
 //! | [`run`] | the loop: steps, bad steps, evaluation, checkpoints, signals |
 //! | [`optimizer`], [`schedule`] | AdamW over ranges of flat stores; warm-up and decay |
 //! | [`folder`], [`state`] | run folders that survive any kill; what a resumed run finds again |
-//! | [`record`], [`peak`] | what a logged step says, how fast it went, and of what |
+//! | [`record`] | what a logged step says and how fast it went |
 //! | [`observer`] | who watches |
 
 pub mod finetune;
@@ -18,7 +18,6 @@ pub mod folder;
 pub mod inputs;
 pub mod observer;
 pub mod optimizer;
-pub mod peak;
 pub mod plan;
 pub mod pretrain;
 pub mod record;

@@ -38,7 +38,7 @@ pub struct StepRecord {
     pub tokens_per_s: f64,
     /// Counted work per second.
     pub gflop_per_s: f64,
-    /// Share of the machine's best matmul, where that was measured.
+    /// Share of the device's arithmetic peak, measured at the start of the run.
     pub fraction_of_peak: Option<f64>,
     /// Skipped steps so far.
     pub bad_steps: u64,

@@ -4,7 +4,6 @@ use super::finetune::Finetune;
 use super::folder::{RunFolder, sha256_of};
 use super::inputs::{Opened, RunInputs, open};
 use super::observer::Observer;
-use super::peak::matmul_flop_per_s;
 use super::pretrain::Pretrain;
 use super::refine::Refine;
 use super::refine_start::{MarkerInputs, marker_sets, start};
@@ -12,6 +11,7 @@ use super::run::{Session, run};
 use super::summary::RunSummary;
 use super::task::Task;
 use super::trunk::Trunk;
+use crate::bench::peak::Ceiling;
 use crate::config::{HeadStart, Stage};
 use crate::corpus::splits::SplitRule;
 use crate::corpus::{Sampler, Sampling};
@@ -37,7 +37,7 @@ pub fn pretrain(inputs: &RunInputs, observer: &mut dyn Observer) -> Result<RunSu
     on_backend!(inputs.device, precision, |dev: B, A| pretrain_on::<B, A>(dev, opened, inputs, observer))
 }
 
-fn pretrain_on<B: Backend<A>, A: Act>(
+fn pretrain_on<B: Backend<A> + Ceiling, A: Act>(
     dev: &B,
     opened: Opened,
     inputs: &RunInputs,
@@ -69,7 +69,7 @@ pub fn finetune(inputs: &RunInputs, observer: &mut dyn Observer) -> Result<RunSu
 /// The division of a labelled stage that is told nothing.
 pub const DEFAULT_SPLIT: &str = "train=0.67,test=0.33";
 
-fn finetune_on<B: Backend<A>, A: Act>(
+fn finetune_on<B: Backend<A> + Ceiling, A: Act>(
     dev: &B,
     opened: Opened,
     inputs: &RunInputs,
@@ -124,7 +124,7 @@ pub fn refine(inputs: &RunInputs, markers: &MarkerInputs, observer: &mut dyn Obs
     ))
 }
 
-fn refine_on<B: Backend<A>, A: Act>(
+fn refine_on<B: Backend<A> + Ceiling, A: Act>(
     dev: &B,
     mut opened: Opened,
     inputs: &RunInputs,
@@ -208,7 +208,7 @@ fn trunk<B: Backend<A>, A: Act>(
 }
 
 #[allow(clippy::too_many_arguments)] // the parts of one run, each built by its stage
-fn finish<B: Backend<A>, A: Act>(
+fn finish<B: Backend<A> + Ceiling, A: Act>(
     stage: Stage,
     opened: Opened,
     folder: RunFolder,
@@ -232,7 +232,7 @@ fn finish<B: Backend<A>, A: Act>(
         resume: opened.resume,
         resume_command: inputs.resume_command.clone(),
         validation,
-        peak_flop_per_s: Some(matmul_flop_per_s::<A, B>(&trunk.dev)?),
+        peak_flop_per_s: trunk.dev.peak(!A::IS_F32).map(|peak| 1e9 * peak.gflop_per_s),
         observer,
     };
     run(session, trunk, task, sampler)
