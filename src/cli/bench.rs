@@ -1,6 +1,7 @@
 //! `cellrefine bench`: timings against counted floors.
 
 use super::{Global, Output};
+use crate::backend::Choice;
 use crate::bench::{Effort, compare, kernels, loader, step, table};
 use crate::config::Precision;
 use crate::error::{Error, Result};
@@ -100,6 +101,11 @@ pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
     let preset = Preset::named(&flags.preset)?;
     let mut json = match flags.what {
         What::Cpu => {
+            if !matches!(global.device, Choice::Auto | Choice::Cpu) {
+                return Err(Error::usage("bench cpu times the processor")
+                    .found(format!("--device {}", global.device))
+                    .next("bench step and bench kernels take any device"));
+            }
             let case = match flags.quick {
                 true => table::TableCase::quick(preset, seed),
                 false => table::TableCase::full(preset, flags.seconds, seed),
