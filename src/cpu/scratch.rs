@@ -40,6 +40,11 @@ pub fn take(bytes: usize) -> Scratch {
 }
 
 impl Scratch {
+    /// Its size.
+    pub fn bytes(&self) -> usize {
+        size_of_val(&self.0[..])
+    }
+
     /// The first `len` elements as `T`.
     pub fn slice<T: Pod>(&mut self, len: usize) -> &mut [T] {
         &mut bytemuck::cast_slice_mut(&mut self.0[..(len * size_of::<T>()).div_ceil(64)])[..len]

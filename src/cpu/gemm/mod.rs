@@ -23,19 +23,18 @@ use crate::cpu::scratch;
 use crate::cpu::simd::{prefetch, vectorized};
 use crate::device::Act;
 use rayon::prelude::*;
-use tile::{TILE_COLUMNS, TILE_ROWS, Tile};
+use tile::{Operands, TILE_COLUMNS, TILE_ROWS, Tile};
 
 /// Rows of A per task: 64 rows of 256 floats (64 KiB) and a panel of B (48 KiB) share the second-level cache, and 4,096
 /// tokens make 64 tasks.
 const ROW_BLOCK: usize = 64;
-/// Rows of A and B per packed chunk of [`columns_by_rows`]: both packed chunks, the task's part of C and the next chunk on its
-/// way share a second-level cache of 1 MiB; adding a tile to C is then 4 % of computing it (measured: 256 rows without
-/// prefetching the next chunk are 3 % slower).
-const CHUNK: usize = 128;
-/// Columns of B per packed chunk, at most (264 KiB packed).
-const CHUNK_COLUMNS: usize = 11 * TILE_COLUMNS;
-/// Columns of A per task, at most (128 KiB packed).
-const OUTPUT_BLOCK: usize = 256;
+/// Rows of A and B per chunk of [`columns_by_rows`]: a task's part of this chunk, of the next one on its way, and of C share a
+/// second-level cache of 1 MiB; adding a tile to C is then 3 % of computing it.
+const CHUNK: usize = 256;
+/// Columns of B per chunk, at most.
+const CHUNK_COLUMNS: usize = 288;
+/// Columns of A per task, at most.
+const OUTPUT_BLOCK: usize = 64;
 
 /// How B lies in memory.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -96,7 +95,8 @@ pub fn rows_by_panels<A: Act>(
         let mut tile = Tile::default();
         for (p, panel) in panels.chunks(TILE_COLUMNS * steps.max(1)).enumerate() {
             let column = p * TILE_COLUMNS;
-            let kernel = tile::kernel(isa, pairs, panel.len() / steps.max(1) / 16, 1);
+            let width = panel.len() / steps.max(1);
+            let kernel = tile::kernel(isa, pairs, width / 16, false);
             for row in (0..rows).step_by(TILE_ROWS) {
                 // The last tile repeats the last row instead of reading past it; the surplus is not stored.
                 let a: [*const u8; TILE_ROWS] =
@@ -109,9 +109,25 @@ pub fn rows_by_panels<A: Act>(
                     }
                     prefetch(&out[at]);
                 }
+                // Meanwhile the next panel is asked for, an equal part by each tile; under the last one the next rows.
+                let (ahead, ahead_step) = if column + TILE_COLUMNS < n {
+                    let part = panel.len() * 4 * TILE_ROWS / rows;
+                    (
+                        panel
+                            .as_ptr()
+                            .wrapping_add(panel.len())
+                            .cast::<u8>()
+                            .wrapping_add(row / TILE_ROWS * part),
+                        part / steps.max(1),
+                    )
+                } else {
+                    (a[0].wrapping_add(rows * stride), TILE_ROWS * stride / steps.max(1))
+                };
+                let operands =
+                    Operands { steps, a: &a, a_step: 1, b: panel.as_ptr(), b_step: width, ahead, ahead_step };
                 // SAFETY: each pointer has `steps` words to read (rows of `stride` bytes), the panel has `steps` rows of
                 // its width, and `kernel` comes from an instruction set that was found on this processor.
-                unsafe { kernel(steps, &a, panel.as_ptr(), &mut tile) };
+                unsafe { kernel(operands, &mut tile) };
                 store(&tile, tile_rows, n, column, (first + row) * n, &epilogue, &mut out[row * n..]);
             }
         }
@@ -189,8 +205,8 @@ pub fn columns_by_rows<A: Act>(
     if n * o * i == 0 {
         return;
     }
-    // The cut follows the threads: it decides who computes an element, never how. Fewer, larger tasks pack B fewer times.
-    let block = o.div_ceil(rayon::current_num_threads()).next_multiple_of(TILE_ROWS).min(OUTPUT_BLOCK);
+    // With more threads than blocks the cut is finer: it decides who computes an element, never how.
+    let block = o.div_ceil(rayon::current_num_threads()).next_multiple_of(16).min(OUTPUT_BLOCK);
     let c = c[..o * i].par_chunks_mut(block * i).enumerate();
     match column_sum {
         Some(sum) => c.zip(sum[..o].par_chunks_mut(block)).for_each(|((t, c), sum)| {
@@ -211,43 +227,76 @@ fn output_block<A: Act>(
     mut column_sum: Option<&mut [f32]>,
 ) {
     let rows = c.len() / i;
-    let tiles = rows.div_ceil(TILE_ROWS);
     // Equal parts of whole panels.
     let part = i.div_ceil(i.div_ceil(CHUNK_COLUMNS)).next_multiple_of(TILE_COLUMNS);
-    let mut packed_a = scratch::take(tiles * pack::TILE_STRIDE * 4);
-    let packed_a = packed_a.slice::<f32>(tiles * pack::TILE_STRIDE);
-    let mut panels = scratch::take(CHUNK * part * 4);
+    let (mut wide_a, mut wide_b) = (scratch::take(0), scratch::take(0));
     let mut tile = Tile::default();
     for column in (0..i).step_by(part) {
         let columns = part.min(i - column);
         for chunk in (0..n).step_by(CHUNK) {
             let depth = CHUNK.min(n - chunk);
-            let panels = panels.slice::<u32>(depth * columns.next_multiple_of(16));
-            pack::chunk(&b[chunk * i..(chunk + depth) * i], i, column, columns, panels);
-            // The bias gradient rides along the first time a column of A passes.
-            let sum = column_sum.as_deref_mut().filter(|_| column == 0);
-            pack::columns(&a[chunk * o..(chunk + depth) * o], o, first, rows, packed_a, sum);
-            // The next chunk's rows are asked for while this one is multiplied, a few before each tile.
-            let calls = panels.len().div_ceil(TILE_COLUMNS * depth) * tiles;
-            let (mut call, mut asked) = (0, 0);
-            for (p, panel) in panels.chunks(TILE_COLUMNS * depth).enumerate() {
-                let at = column + p * TILE_COLUMNS;
-                let kernel = tile::kernel(isa, false, panel.len() / depth / 16, TILE_ROWS);
-                for (t, packed) in packed_a.chunks_exact(pack::TILE_STRIDE).enumerate() {
+            let (chunk_a, chunk_b) = (&a[chunk * o..(chunk + depth) * o], &b[chunk * i..(chunk + depth) * i]);
+            // The bias gradient is summed when a column of A passes for the first time.
+            if let Some(sum) = column_sum.as_deref_mut().filter(|_| column == 0) {
+                add_rows(chunk_a, o, first, sum);
+            }
+            let a = pack::in_place(chunk_a, o, first, rows, TILE_ROWS, &mut wide_a);
+            let b = pack::in_place(chunk_b, i, column, columns, 16, &mut wide_b);
+            // Each tile asks for one line of each row of the next chunk, until it is complete.
+            let lines = (rows * size_of::<A>()).div_ceil(64);
+            let mut call = 0;
+            for at in (0..columns).step_by(TILE_COLUMNS) {
+                let width = TILE_COLUMNS.min(columns - at);
+                let kernel = tile::kernel(isa, false, width.div_ceil(16), true);
+                for row in (0..rows).step_by(TILE_ROWS) {
+                    let (ahead, ahead_step) = if call < lines {
+                        (
+                            chunk_a
+                                .as_ptr()
+                                .wrapping_add(depth * o + first)
+                                .cast::<u8>()
+                                .wrapping_add(call * 64),
+                            o * size_of::<A>(),
+                        )
+                    } else {
+                        let line = (call - lines).min((columns * size_of::<A>() - 1) / 64);
+                        (
+                            chunk_b
+                                .as_ptr()
+                                .wrapping_add(depth * i + column)
+                                .cast::<u8>()
+                                .wrapping_add(line * 64),
+                            i * size_of::<A>(),
+                        )
+                    };
                     call += 1;
-                    while asked < call * CHUNK / calls {
-                        pack::prefetch_row(a, o, chunk + CHUNK + asked, first, rows);
-                        pack::prefetch_row(b, i, chunk + CHUNK + asked, column, columns);
-                        asked += 1;
-                    }
-                    let a: [*const u8; TILE_ROWS] = std::array::from_fn(|r| packed[r..].as_ptr().cast());
-                    // SAFETY: `a` holds `depth` groups of eight floats, the panel `depth` rows of its width.
-                    unsafe { kernel(depth, &a, panel.as_ptr(), &mut tile) };
-                    let (row, width) = (t * TILE_ROWS, TILE_COLUMNS.min(column + columns - at));
-                    add(&tile, TILE_ROWS.min(rows - row), i, at, width, &mut c[row * i..]);
+                    let operands = Operands {
+                        steps: depth,
+                        a: &[a.pointer.wrapping_add(row).cast(); TILE_ROWS],
+                        a_step: a.step,
+                        b: b.pointer.wrapping_add(at).cast(),
+                        b_step: b.step,
+                        ahead,
+                        ahead_step,
+                    };
+                    // SAFETY: `in_place` gives rows of whole tiles and vectors, `depth` of them; the instruction set is there.
+                    unsafe { kernel(operands, &mut tile) };
+                    add(&tile, TILE_ROWS.min(rows - row), i, column + at, width, &mut c[row * i..]);
                 }
             }
         }
+    }
+}
+
+vectorized! {
+    /// `sum[r] += Σ_rows a[·, first + r]`.
+    fn add_rows[A: Act](a: &[A], stride: usize, first: usize, sum: &mut [f32]) {
+        let mut total = [0.0f32; OUTPUT_BLOCK];
+        let total = &mut total[..sum.len()];
+        for row in a.chunks_exact(stride) {
+            for (t, x) in total.iter_mut().zip(&row[first..][..sum.len()]) { *t += x.to_f32() }
+        }
+        for (s, t) in sum.iter_mut().zip(total) { *s += *t }
     }
 }
 
@@ -318,7 +367,9 @@ mod tests {
     #[test]
     fn weight_products_agree_with_f64_and_add() {
         for isa in Isa::available() {
-            for [n, o, i] in [[1, 1, 1], [255, 9, 17], [257, 8, 48], [600, 20, 490], [513, 33, 100]] {
+            for [n, o, i] in
+                [[1, 1, 1], [255, 9, 17], [257, 8, 48], [600, 20, 490], [513, 33, 100], [300, 80, 608]]
+            {
                 let (a, b) = (normal::<f32>(3, n * o), normal::<f32>(4, n * i));
                 let (mut c, mut sum) = (vec![1.0; o * i], vec![2.0; o]);
                 columns_by_rows(isa, [n, o, i], &a, &b, &mut c, Some(&mut sum));

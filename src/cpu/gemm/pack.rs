@@ -6,9 +6,10 @@
 //! columns: for each 8 columns of A: for each row of the chunk: 8 floats
 //! ```
 
-use super::tile::{TILE_COLUMNS, TILE_ROWS};
-use super::{CHUNK, Layout, OUTPUT_BLOCK};
-use crate::cpu::simd::{prefetch, vectorized};
+use super::Layout;
+use super::tile::TILE_COLUMNS;
+use crate::cpu::scratch::{self, Scratch};
+use crate::cpu::simd::vectorized;
 use crate::device::Act;
 use rayon::prelude::*;
 
@@ -39,40 +40,6 @@ pub fn panels<A: Act>(b: &[A], layout: Layout, n: usize, k: usize, pairs: bool, 
             Layout::Columns => panel_of_columns(&b[column * k..(column + columns) * k], k, pairs, panel),
         }
     });
-}
-
-/// Rows that packing asks for ahead of time.
-const AHEAD: usize = 24;
-
-/// Prefetches columns `first..first + count` of a row, if there is such a row.
-#[inline(always)]
-pub fn prefetch_row<A>(x: &[A], stride: usize, row: usize, first: usize, count: usize) {
-    if let Some(x) = x.get(row * stride + first..row * stride + first + count) {
-        prefetch(x);
-    }
-}
-
-vectorized! {
-    /// Columns `column..column + columns` of the rows of b (each `stride` long), widened, as panels. Row by row, so that
-    /// memory is read in order.
-    pub fn chunk[A: Act](b: &[A], stride: usize, column: usize, columns: usize, out: &mut [u32]) {
-        let depth = b.len() / stride;
-        for (s, row) in b.chunks_exact(stride).enumerate() {
-            prefetch_row(b, stride, s + AHEAD, column, columns);
-            let (whole, edge) = row[column..column + columns].as_chunks::<TILE_COLUMNS>();
-            for (p, x) in whole.iter().enumerate() {
-                let out: &mut [u32; TILE_COLUMNS] =
-                    (&mut out[(p * depth + s) * TILE_COLUMNS..][..TILE_COLUMNS]).try_into().expect("a row of a panel");
-                for c in 0..TILE_COLUMNS { out[c] = word(x[c]) }
-            }
-            if !edge.is_empty() {
-                let width = edge.len().next_multiple_of(16);
-                let out = &mut out[whole.len() * depth * TILE_COLUMNS + s * width..][..width];
-                for (o, x) in out.iter_mut().zip(edge) { *o = word(*x) }
-                out[edge.len()..].fill(0);
-            }
-        }
-    }
 }
 
 vectorized! {
@@ -146,35 +113,45 @@ vectorized! {
     }
 }
 
-/// Floats from one packed tile of A to the next: [`CHUNK`] groups of eight, and a cache line so that tiles written side by
-/// side do not fall on the same sets of the cache.
-pub const TILE_STRIDE: usize = CHUNK * TILE_ROWS + 16;
+/// Rows of f32, `step` apart.
+#[derive(Clone, Copy)]
+pub struct Rows {
+    /// The first row.
+    pub pointer: *const f32,
+    /// Floats from a row to the next.
+    pub step: usize,
+}
+
+/// Columns `first..first + count` of the rows of `x` (each `stride` long) as f32 rows of a multiple of `width` floats: where
+/// they lie if they are that already, otherwise widened and filled up with zeros in `block`.
+pub fn in_place<A: Act>(
+    x: &[A],
+    stride: usize,
+    first: usize,
+    count: usize,
+    width: usize,
+    block: &mut Scratch,
+) -> Rows {
+    if A::IS_F32 && count.is_multiple_of(width) {
+        return Rows { pointer: x[first..].as_ptr().cast(), step: stride };
+    }
+    let step = count.next_multiple_of(width);
+    let len = x.len() / stride * step;
+    if block.bytes() < len * 4 {
+        *block = scratch::take(len * 4);
+    }
+    let out = block.slice::<f32>(len);
+    widen_rows(x, stride, first, count, out);
+    Rows { pointer: out.as_ptr(), step }
+}
 
 vectorized! {
-    /// Columns `first..first + count` of the rows of `a` (at most [`CHUNK`], each `stride` long), widened, in tiles of eight:
-    /// `out[tile][row][8]`, zeros past the last column; and the columns' sums, added to `sum` (count).
-    pub fn columns[A: Act](a: &[A], stride: usize, first: usize, count: usize, out: &mut [f32], sum: Option<&mut [f32]>) {
-        let mut total = [0.0f32; OUTPUT_BLOCK];
-        for (s, row) in a.chunks_exact(stride).enumerate() {
-            prefetch_row(a, stride, s + AHEAD, first, count);
-            let row = &row[first..first + count];
-            let (whole, edge) = row.as_chunks::<TILE_ROWS>();
-            for (t, x) in whole.iter().enumerate() {
-                let out: &mut [f32; TILE_ROWS] =
-                    (&mut out[t * TILE_STRIDE + s * TILE_ROWS..][..TILE_ROWS]).try_into().expect("eight floats");
-                for r in 0..TILE_ROWS { out[r] = x[r].to_f32() }
-            }
-            if !edge.is_empty() {
-                let out = &mut out[whole.len() * TILE_STRIDE + s * TILE_ROWS..][..TILE_ROWS];
-                out.fill(0.0);
-                for (o, x) in out.iter_mut().zip(edge) { *o = x.to_f32() }
-            }
-            if sum.is_some() {
-                for (t, x) in total.iter_mut().zip(row) { *t += x.to_f32() }
-            }
-        }
-        if let Some(sum) = sum {
-            for (s, t) in sum.iter_mut().zip(&total) { *s += t }
+    fn widen_rows[A: Act](x: &[A], stride: usize, first: usize, count: usize, out: &mut [f32]) {
+        let step = out.len() / (x.len() / stride);
+        for (row, out) in x.chunks_exact(stride).zip(out.chunks_exact_mut(step)) {
+            let (out, edge) = out.split_at_mut(count);
+            for (o, x) in out.iter_mut().zip(&row[first..first + count]) { *o = x.to_f32() }
+            edge.fill(0.0);
         }
     }
 }

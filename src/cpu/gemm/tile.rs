@@ -57,25 +57,43 @@ impl Isa {
     }
 }
 
-/// `tile[r][c] = Σ_step a[r][step] · b[step][c]`; `a` points to eight rows of words, `b` to a panel.
+/// What a call of a [`Kernel`] reads, in 32-bit words: `tile[r][c] = Σ_step a[r][step] · b[step][c]`.
+#[derive(Clone, Copy)]
+pub struct Operands<'a> {
+    /// Values of k, or pairs of them.
+    pub steps: usize,
+    /// Eight rows of A, one word per step; where A lies by columns, row 0 alone, the others in the words that follow.
+    pub a: &'a [*const u8; TILE_ROWS],
+    /// Words from a step of A to the next, where A lies by columns.
+    pub a_step: usize,
+    /// A step of B: as many words as the kernel is wide.
+    pub b: *const u32,
+    /// Words from a step of B to the next.
+    pub b_step: usize,
+    /// Asked for during the steps, a cache line each: what a later call will read. Any address will do.
+    pub ahead: *const u8,
+    /// Bytes from one such line to the next.
+    pub ahead_step: usize,
+}
+
+/// Multiplies a tile.
 ///
 /// # Safety
-/// Every row of A must have `steps` words (at the kernel's stride) and the panel `steps` rows of the kernel's width, and the
-/// processor must have the instruction set that the kernel was chosen for.
-pub type Kernel = unsafe fn(steps: usize, a: &[*const u8; TILE_ROWS], b: *const u32, tile: &mut Tile);
+/// A and B are readable over all steps, and the processor has the instruction set that the kernel was chosen for.
+pub type Kernel = unsafe fn(operands: Operands<'_>, tile: &mut Tile);
 
-/// The kernel for a panel of `vectors` × 16 columns. `stride` is the distance in words between the steps of a row of A: 1
-/// where rows lie as they are, 8 where eight columns were packed. `pairs`: words are pairs of bf16.
-pub fn kernel(isa: Isa, pairs: bool, vectors: usize, stride: usize) -> Kernel {
+/// The kernel for a panel of `vectors` × 16 columns. `by_columns`: A and B are read where they lie, a row per step and eight
+/// words of A side by side; otherwise rows of A are contiguous and B is packed. `pairs`: words are pairs of bf16.
+pub fn kernel(isa: Isa, pairs: bool, vectors: usize, by_columns: bool) -> Kernel {
     macro_rules! by_width {
         ($kernel:ident) => {
-            match (vectors, stride) {
-                (3, 1) => $kernel::<3, 1>,
-                (2, 1) => $kernel::<2, 1>,
-                (1, 1) => $kernel::<1, 1>,
-                (3, TILE_ROWS) => $kernel::<3, TILE_ROWS>,
-                (2, TILE_ROWS) => $kernel::<2, TILE_ROWS>,
-                (1, TILE_ROWS) => $kernel::<1, TILE_ROWS>,
+            match (vectors, by_columns) {
+                (3, false) => $kernel::<3, false>,
+                (2, false) => $kernel::<2, false>,
+                (1, false) => $kernel::<1, false>,
+                (3, true) => $kernel::<3, true>,
+                (2, true) => $kernel::<2, true>,
+                (1, true) => $kernel::<1, true>,
                 _ => unreachable!("panels are 16, 32 or 48 columns wide"),
             }
         };
@@ -91,24 +109,47 @@ pub fn kernel(isa: Isa, pairs: bool, vectors: usize, stride: usize) -> Kernel {
     }
 }
 
+/// Steps that a kernel reading by columns runs ahead of itself with its requests: rows lie far apart, in lines that the
+/// processor does not foresee, and 16 steps are longer than the way to the third-level cache.
+const AHEAD: usize = 16;
+
+/// Where the word of row `r` and step `s` of A lies.
+#[inline(always)]
+fn word_of<const BY_COLUMNS: bool>(o: &Operands<'_>, r: usize, s: usize) -> *const u8 {
+    if BY_COLUMNS { o.a[0].wrapping_add(4 * (s * o.a_step + r)) } else { o.a[r].wrapping_add(4 * s) }
+}
+
+/// The requests of step `s`.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn request<const V: usize, const BY_COLUMNS: bool>(o: &Operands<'_>, s: usize) {
+    use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
+    // SAFETY: a prefetch reads nothing and never faults, whatever the address.
+    unsafe {
+        if BY_COLUMNS {
+            for v in 0..V {
+                _mm_prefetch::<_MM_HINT_T0>(o.b.wrapping_add((s + AHEAD) * o.b_step + v * 16).cast());
+            }
+            _mm_prefetch::<_MM_HINT_T0>(word_of::<true>(o, 0, s + AHEAD).cast());
+        }
+        _mm_prefetch::<_MM_HINT_T1>(o.ahead.wrapping_add(s * o.ahead_step).cast());
+    }
+}
+
 /// f32, AVX-512.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
-unsafe fn avx512<const V: usize, const STRIDE: usize>(
-    steps: usize,
-    a: &[*const u8; TILE_ROWS],
-    b: *const u32,
-    tile: &mut Tile,
-) {
+unsafe fn avx512<const V: usize, const BY_COLUMNS: bool>(o: Operands<'_>, tile: &mut Tile) {
     use std::arch::x86_64::*;
     let mut sum = [[_mm512_setzero_ps(); V]; TILE_ROWS];
-    // SAFETY: `Kernel`'s contract: `steps` words per row, `steps` rows of V vectors.
+    // SAFETY: `Kernel`'s contract.
     unsafe {
-        for s in 0..steps {
+        for s in 0..o.steps {
             let columns: [__m512; V] =
-                std::array::from_fn(|v| _mm512_loadu_ps(b.cast::<f32>().add((s * V + v) * 16)));
+                std::array::from_fn(|v| _mm512_loadu_ps(o.b.add(s * o.b_step + v * 16).cast()));
+            request::<V, BY_COLUMNS>(&o, s);
             for r in 0..TILE_ROWS {
-                let x = _mm512_set1_ps(*a[r].cast::<f32>().add(s * STRIDE));
+                let x = _mm512_set1_ps(*word_of::<BY_COLUMNS>(&o, r, s).cast::<f32>());
                 for v in 0..V {
                     sum[r][v] = _mm512_fmadd_ps(x, columns[v], sum[r][v]);
                 }
@@ -125,23 +166,20 @@ unsafe fn avx512<const V: usize, const STRIDE: usize>(
 /// Pairs of bf16, AVX512_BF16.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn avx512_bf16<const V: usize, const STRIDE: usize>(
-    steps: usize,
-    a: &[*const u8; TILE_ROWS],
-    b: *const u32,
-    tile: &mut Tile,
-) {
+unsafe fn avx512_bf16<const V: usize, const BY_COLUMNS: bool>(o: Operands<'_>, tile: &mut Tile) {
     use std::arch::x86_64::*;
     use std::mem::transmute;
     let mut sum = [[_mm512_setzero_ps(); V]; TILE_ROWS];
     // SAFETY: `Kernel`'s contract; both register types are 64 bytes of any content. Rows of bf16 may start at an odd word.
     unsafe {
-        for s in 0..steps {
+        for s in 0..o.steps {
             let columns: [__m512bh; V] =
-                std::array::from_fn(|v| transmute(_mm512_loadu_si512(b.add((s * V + v) * 16).cast())));
+                std::array::from_fn(|v| transmute(_mm512_loadu_si512(o.b.add(s * o.b_step + v * 16).cast())));
+            request::<V, BY_COLUMNS>(&o, s);
             for r in 0..TILE_ROWS {
-                let x: __m512bh =
-                    transmute(_mm512_set1_epi32(a[r].cast::<i32>().add(s * STRIDE).read_unaligned()));
+                let x: __m512bh = transmute(_mm512_set1_epi32(
+                    word_of::<BY_COLUMNS>(&o, r, s).cast::<i32>().read_unaligned(),
+                ));
                 for v in 0..V {
                     sum[r][v] = _mm512_dpbf16_ps(sum[r][v], x, columns[v]);
                 }
@@ -160,21 +198,16 @@ unsafe fn avx512_bf16<const V: usize, const STRIDE: usize>(
 /// # Safety
 /// As [`Kernel`], without the instruction set.
 #[inline(always)]
-unsafe fn plain<const V: usize, const STRIDE: usize, const FUSED: bool>(
-    steps: usize,
-    a: &[*const u8; TILE_ROWS],
-    b: *const u32,
-    tile: &mut Tile,
-) {
-    for (half, a) in a.chunks_exact(4).enumerate() {
+unsafe fn plain<const V: usize, const BY_COLUMNS: bool, const FUSED: bool>(o: Operands<'_>, tile: &mut Tile) {
+    for half in 0..TILE_ROWS / 4 {
         for v in 0..V {
             let mut sum = [[0.0f32; 16]; 4];
-            for s in 0..steps {
+            for s in 0..o.steps {
                 // SAFETY: `Kernel`'s contract; a word is as aligned as an f32.
-                let column: &[f32; 16] = unsafe { &*b.add((s * V + v) * 16).cast() };
+                let column: &[f32; 16] = unsafe { &*o.b.add(s * o.b_step + v * 16).cast() };
                 for r in 0..4 {
                     // SAFETY: as above.
-                    let x = unsafe { *a[r].cast::<f32>().add(s * STRIDE) };
+                    let x = unsafe { *word_of::<BY_COLUMNS>(&o, half * 4 + r, s).cast::<f32>() };
                     for c in 0..16 {
                         sum[r][c] =
                             if FUSED { x.mul_add(column[c], sum[r][c]) } else { sum[r][c] + x * column[c] };
@@ -191,23 +224,13 @@ unsafe fn plain<const V: usize, const STRIDE: usize, const FUSED: bool>(
 /// f32, AVX2 with FMA.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn avx2<const V: usize, const STRIDE: usize>(
-    steps: usize,
-    a: &[*const u8; TILE_ROWS],
-    b: *const u32,
-    tile: &mut Tile,
-) {
+unsafe fn avx2<const V: usize, const BY_COLUMNS: bool>(o: Operands<'_>, tile: &mut Tile) {
     // SAFETY: the caller's obligations are this function's.
-    unsafe { plain::<V, STRIDE, true>(steps, a, b, tile) }
+    unsafe { plain::<V, BY_COLUMNS, true>(o, tile) }
 }
 
 /// f32, no assumption about the processor; a fused multiply-add would be a library call here.
-unsafe fn portable<const V: usize, const STRIDE: usize>(
-    steps: usize,
-    a: &[*const u8; TILE_ROWS],
-    b: *const u32,
-    tile: &mut Tile,
-) {
+unsafe fn portable<const V: usize, const BY_COLUMNS: bool>(o: Operands<'_>, tile: &mut Tile) {
     // SAFETY: the caller's obligations are this function's.
-    unsafe { plain::<V, STRIDE, false>(steps, a, b, tile) }
+    unsafe { plain::<V, BY_COLUMNS, false>(o, tile) }
 }
