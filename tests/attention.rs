@@ -6,202 +6,24 @@ mod common;
 use cellrefine::cpu::Cpu;
 use cellrefine::cpu::gene_attention::{Isa, backward_on, forward_on};
 use cellrefine::device::{Act, Dropout};
-use cellrefine::ops::gene_attention::{BackwardIn, Dims, In, Pattern, backward, forward};
-use cellrefine::rng::{ATTENTION_ROW_STRIDE, Philox, dropout_scale, dropout_threshold, lane16, stream_block};
-use common::cases::{by_threads, cell_start, normal};
+use cellrefine::ops::gene_attention::{In, forward};
+use common::attention::{Buffers, Case, Results, largest, oracle};
+use common::cases::{by_threads, cell_start};
 use common::close::{assert_close, assert_same_bits, rounding_bound, wide};
 use common::guarded::{self, Sample};
 use half::bf16;
-
-/// One call: shapes, pattern and dropout.
-#[derive(Clone)]
-struct Case {
-    lengths: Vec<usize>,
-    heads: usize,
-    head_width: usize,
-    /// Half-width of the window and every how many tokens one is global.
-    sparse: Option<(usize, usize)>,
-    dropout: Dropout,
-    /// Standard deviation of q and k.
-    scale: f64,
-}
-
-impl Case {
-    fn dense(lengths: &[usize], heads: usize, head_width: usize) -> Case {
-        let lengths = lengths.to_vec();
-        Case { lengths, heads, head_width, sparse: None, dropout: Dropout::NONE, scale: 1.0 }
-    }
-    fn sparse(mut self, window: usize, every: usize) -> Case {
-        self.sparse = Some((window, every));
-        self
-    }
-    fn dropout(mut self, probability: f32) -> Case {
-        self.dropout =
-            Dropout { probability, seed: 0x1234_5678_9ABC, step: 11, site: 5, first_row: (1 << 33) + 3 };
-        self
-    }
-    fn tokens(&self) -> usize {
-        self.lengths.iter().sum()
-    }
-    fn width(&self) -> usize {
-        self.heads * self.head_width
-    }
-    fn pattern(&self) -> Pattern {
-        self.sparse.map_or(Pattern::Dense, |(window, _)| Pattern::MarkerSparse { window })
-    }
-    fn dims(&self) -> Dims {
-        Dims {
-            tokens: self.tokens(),
-            cells: self.lengths.len(),
-            heads: self.heads,
-            head_width: self.head_width,
-            max_len: self.lengths.iter().copied().max().unwrap_or(0),
-            pattern: self.pattern(),
-        }
-    }
-    /// The first token of the batch and scattered ones are global.
-    fn global(&self) -> Vec<u8> {
-        let mut rng = Philox::new(3, 0, 78);
-        let every = self.sparse.map_or(1, |(_, every)| every) as u64;
-        (0..self.tokens()).map(|i| u8::from(i == 0 || rng.below(every) == 0)).collect()
-    }
-    fn qkv<A: Act>(&self) -> Vec<A> {
-        let (d, mut x) = (self.width(), normal::<A>(1, 3 * self.tokens() * self.width(), 1.0));
-        for (_, x) in x.iter_mut().enumerate().filter(|(i, _)| i % (3 * d) < 2 * d) {
-            *x = A::from_f32(x.to_f32() * self.scale as f32);
-        }
-        x
-    }
-    fn do_<A: Act>(&self) -> Vec<A> {
-        normal(2, self.tokens() * self.width(), 1.0)
-    }
-}
-
-/// What a run leaves.
-struct Results<A> {
-    o: Vec<A>,
-    lse: Vec<f32>,
-    dqkv: Vec<A>,
-    delta: Vec<f32>,
-}
-
 /// Both directions on one instruction set (`None`: through the checked op), on given inputs.
 fn run_on<A: Act + Sample>(case: &Case, qkv: &[A], do_: &[A], isa: Option<Isa>) -> Results<A> {
-    let dev = Cpu;
+    let Some(isa) = isa else { return common::attention::run_on(&Cpu, case, qkv, do_) };
+    let mut buffers = Buffers::new(&Cpu, case, qkv, do_);
     let dims = case.dims();
-    let qkv = guarded::input(&dev, qkv);
-    let do_ = guarded::input(&dev, do_);
-    let start = guarded::input(&dev, &cell_start(&case.lengths));
-    let global = guarded::input(&dev, &case.global());
-    let mut o = guarded::poisoned::<_, A>(&dev, dims.tokens * dims.width());
-    let mut lse = guarded::poisoned::<_, f32>(&dev, dims.tokens * dims.heads);
-    let mut dqkv = guarded::poisoned::<_, A>(&dev, 3 * dims.tokens * dims.width());
-    let mut delta = guarded::poisoned::<_, f32>(&dev, dims.tokens * dims.heads);
-    let input = || In {
-        qkv: qkv.buf(),
-        cell_start: start.buf(),
-        global: case.sparse.is_some().then(|| global.buf()),
-        dropout: case.dropout,
-    };
-    match isa {
-        Some(isa) => forward_on(isa, dims, input(), o.buf_mut(), lse.buf_mut()),
-        None => forward(&dev, dims, input(), o.buf_mut(), lse.buf_mut()).unwrap(),
-    }
-    let saved = BackwardIn { do_: do_.buf(), o: o.buf(), lse: lse.buf() };
-    match isa {
-        Some(isa) => backward_on(isa, dims, input(), saved, dqkv.buf_mut(), delta.buf_mut()),
-        None => backward(&dev, dims, input(), saved, dqkv.buf_mut(), delta.buf_mut()).unwrap(),
-    }
-    Results { o: o.read(), lse: lse.read(), dqkv: dqkv.read(), delta: delta.read() }
+    buffers.forward(case, |input, o, lse| forward_on(isa, dims, input, o, lse));
+    buffers.backward(case, |input, saved, dqkv, delta| backward_on(isa, dims, input, saved, dqkv, delta));
+    buffers.read()
 }
 
 fn run<A: Act + Sample>(case: &Case, isa: Option<Isa>) -> Results<A> {
     run_on(case, &case.qkv::<A>(), &case.do_::<A>(), isa)
-}
-
-/// The oracle's results, in f64 throughout; `p_rounded` is o with each probability, relative to the row's largest, rounded
-/// to bf16 on the way: what a bf16 product of P and V stores.
-struct Exact {
-    o: Vec<f64>,
-    o_p_rounded: Vec<f64>,
-    lse: Vec<f64>,
-    dqkv: Vec<f64>,
-}
-
-fn oracle(case: &Case, qkv: &[f64], do_: &[f64]) -> Exact {
-    let (h, k, d, n) = (case.heads, case.head_width, case.width(), case.tokens());
-    let global = case.global();
-    let mut x = Exact {
-        o: vec![0.0; n * d],
-        o_p_rounded: vec![0.0; n * d],
-        lse: vec![0.0; n * h],
-        dqkv: vec![0.0; 3 * n * d],
-    };
-    let scale = 1.0 / (k as f64).sqrt();
-    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
-    let starts = cell_start(&case.lengths);
-    for cell in starts.windows(2) {
-        let cell = cell[0] as usize..cell[1] as usize;
-        for head in 0..h {
-            let part = |i: usize, third: usize| &qkv[(i * 3 + third) * d + head * k..][..k];
-            for i in cell.clone() {
-                let s: Vec<f64> = cell
-                    .clone()
-                    .map(|j| match case.sparse {
-                        Some((w, _)) if global[i] == 0 && global[j] == 0 && i.abs_diff(j) > w => {
-                            f64::NEG_INFINITY
-                        }
-                        _ => dot(part(i, 0), part(j, 1)) * scale,
-                    })
-                    .collect();
-                let max = s.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-                let sum: f64 = s.iter().map(|s| (s - max).exp()).sum();
-                x.lse[i * h + head] = max + sum.ln();
-                let keep: Vec<f64> = (0..s.len())
-                    .map(|j| {
-                        let row = (case.dropout.first_row + i as u64) * h as u64 + head as u64;
-                        let element = row * ATTENTION_ROW_STRIDE + j as u64;
-                        let block = stream_block(
-                            case.dropout.seed,
-                            case.dropout.step,
-                            case.dropout.site,
-                            element / 8,
-                        );
-                        let dropped = lane16(block, element) < dropout_threshold(case.dropout.probability);
-                        if dropped { 0.0 } else { dropout_scale(case.dropout.probability) as f64 }
-                    })
-                    .collect();
-                for (j, s) in s.iter().enumerate() {
-                    let e = (s - max).exp();
-                    let (p, rounded) = (e / sum, bf16::from_f64(e).to_f64() / sum);
-                    for c in 0..k {
-                        let v = part(cell.start + j, 2)[c] * keep[j];
-                        x.o[i * d + head * k + c] += p * v;
-                        x.o_p_rounded[i * d + head * k + c] += rounded * v;
-                    }
-                }
-                let at = i * d + head * k..i * d + (head + 1) * k;
-                let delta = dot(&do_[at.clone()], &x.o[at.clone()]);
-                let go = &do_[at];
-                for (j, s) in s.iter().enumerate() {
-                    let p = (s - max).exp() / sum;
-                    let ds = p * (keep[j] * dot(go, part(cell.start + j, 2)) - delta) * scale;
-                    let j_at = (cell.start + j) * 3 * d + head * k;
-                    for (c, go) in go.iter().enumerate() {
-                        x.dqkv[i * 3 * d + head * k + c] += ds * part(cell.start + j, 1)[c];
-                        x.dqkv[j_at + d + c] += ds * part(i, 0)[c];
-                        x.dqkv[j_at + 2 * d + c] += p * keep[j] * go;
-                    }
-                }
-            }
-        }
-    }
-    x
-}
-
-/// Greatest magnitude.
-fn largest(x: &[f64]) -> f64 {
-    x.iter().fold(0.0, |m, x| m.max(x.abs()))
 }
 
 /// Runs a case in f32 on every instruction set and compares all outputs with the oracle.

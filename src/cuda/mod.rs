@@ -9,6 +9,7 @@ mod driver;
 #[cfg(emulator)]
 mod emulated;
 mod functions;
+mod gene_attention;
 pub mod gpu;
 mod layernorm;
 mod linear;

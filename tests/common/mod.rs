@@ -5,6 +5,7 @@
 //! guards, and compares with an f64 oracle of [`naive`] through [`close`].
 #![allow(dead_code)] // every test binary uses its own part of the harness
 
+pub mod attention;
 pub mod cases;
 pub mod close;
 pub mod guarded;

@@ -72,6 +72,7 @@ macro_rules! on_emulated {
 
 mod adamw;
 mod embed;
+mod gene_attention;
 mod layernorm;
 mod linear;
 mod mask_tokens;
