@@ -3,6 +3,7 @@
 //! One file per op, holding the launch geometry and the call. [`Driver`] is a GPU (cudarc, libraries loaded at run time) or
 //! the emulator, which runs the same kernels as host C++: same geometry, same argument lists. See `docs/kernels.md`.
 
+mod anchor;
 mod buffer;
 pub mod cublas;
 mod driver;
@@ -13,7 +14,10 @@ mod gene_attention;
 pub mod gpu;
 mod layernorm;
 mod linear;
+mod normalize;
+mod prototype_loss;
 mod reduce;
+mod structure;
 mod workspace;
 
 pub use buffer::Buf;

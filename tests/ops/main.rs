@@ -79,6 +79,7 @@ mod mask_tokens;
 mod pool;
 mod reduce;
 mod rows;
+mod unit_rows;
 
 #[cfg(emulator)]
 fn emulated(schedule: cellrefine::cuda::Schedule) -> cellrefine::cuda::Cuda {

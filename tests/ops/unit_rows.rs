@@ -1,13 +1,24 @@
 //! Unit rows, the anchor and the structure term: f64 oracles, finite differences, guard words, poison, threads.
 
-mod common;
-
-use cellrefine::cpu::Cpu;
-use cellrefine::device::Device;
+use crate::common::cases::{by_threads, normal, rows_by_widths};
+use crate::common::close::{assert_close, assert_same_bits, wide};
+use crate::common::guarded;
 use cellrefine::ops::{anchor, normalize, structure};
-use common::cases::{by_threads, normal, rows_by_widths};
-use common::close::{assert_close, assert_same_bits, wide};
-use common::guarded;
+
+on_every_backend!(
+    unit_rows_and_their_gradient,
+    a_row_on_the_center_is_zero_and_a_nan_stays,
+    anchor_by_its_definition,
+    structure_by_its_definition_and_by_differences,
+    same_bits_for_any_number_of_threads,
+);
+on_emulated!(
+    unit_rows_and_their_gradient,
+    a_row_on_the_center_is_zero_and_a_nan_stays,
+    anchor_by_its_definition,
+    structure_by_its_definition_and_by_differences,
+    same_bits_for_any_number_of_threads,
+);
 
 /// (h - c) / max(‖h - c‖, 1e-12) in f64.
 fn unit(h: &[f64], center: &[f64], width: usize) -> (Vec<f64>, Vec<f64>) {
@@ -25,9 +36,7 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
-#[test]
-fn unit_rows_and_their_gradient() {
-    let dev = Cpu;
+fn unit_rows_and_their_gradient<B: normalize::Normalize>(dev: &B) {
     for (seed, (rows, width)) in rows_by_widths().enumerate() {
         let (seed, n) = (seed as u64, rows * width);
         let dims = normalize::Dims { rows, width };
@@ -36,14 +45,14 @@ fn unit_rows_and_their_gradient() {
             normal::<f32>(seed + 1000, width, 1.0),
             normal::<f32>(seed, n, 1.0),
         );
-        for center in [None, Some(guarded::input(&dev, &c))] {
+        for center in [None, Some(guarded::input(dev, &c))] {
             let zeros = vec![0.0; width];
             let c64 = if center.is_some() { wide(&c) } else { zeros };
             let (z64, inverse64) = unit(&wide(&h), &c64, width);
-            let input = guarded::input(&dev, &h);
-            let (mut z, mut inverse) = (guarded::poisoned(&dev, n), guarded::poisoned(&dev, rows));
+            let input = guarded::input(dev, &h);
+            let (mut z, mut inverse) = (guarded::poisoned(dev, n), guarded::poisoned(dev, rows));
             normalize::forward(
-                &dev,
+                dev,
                 dims,
                 input.buf(),
                 center.as_ref().map(|c| c.buf()),
@@ -68,42 +77,39 @@ fn unit_rows_and_their_gradient() {
                 })
                 .collect();
             let size = inverse64.iter().fold(0.0f64, |m, r| m.max(*r));
-            let dz = guarded::input(&dev, &dz);
-            let mut dh = guarded::poisoned::<_, f32>(&dev, n);
-            normalize::backward(&dev, dims, dz.buf(), z.buf(), inverse.buf(), false, dh.buf_mut()).unwrap();
+            let dz = guarded::input(dev, &dz);
+            let mut dh = guarded::poisoned::<_, f32>(dev, n);
+            normalize::backward(dev, dims, dz.buf(), z.buf(), inverse.buf(), false, dh.buf_mut()).unwrap();
             assert_close("dh", &dh.read(), &slope, 1e-5 * size.max(1.0), 1e-5);
-            let mut sum = guarded::input(&dev, &vec![1.0f32; n]);
-            normalize::backward(&dev, dims, dz.buf(), z.buf(), inverse.buf(), true, sum.buf_mut()).unwrap();
+            let mut sum = guarded::input(dev, &vec![1.0f32; n]);
+            normalize::backward(dev, dims, dz.buf(), z.buf(), inverse.buf(), true, sum.buf_mut()).unwrap();
             let added: Vec<f32> = dh.read().iter().map(|d| 1.0 + d).collect();
             assert_close("dh +=", &sum.read(), &wide(&added), 1e-6 * size.max(1.0), 1e-6);
         }
     }
 }
 
-#[test]
-fn a_row_on_the_center_is_zero_and_a_nan_stays() {
-    let dev = Cpu;
+fn a_row_on_the_center_is_zero_and_a_nan_stays<B: normalize::Normalize>(dev: &B) {
     let h = dev.upload(&[1.0f32, 2.0, f32::NAN, 2.0, 1e30, 1e30]).unwrap();
     let c = dev.upload(&[1.0f32, 2.0]).unwrap();
     let (mut z, mut inverse) = (dev.zeros(6).unwrap(), dev.zeros(3).unwrap());
-    normalize::forward(&dev, normalize::Dims { rows: 3, width: 2 }, &h, Some(&c), &mut z, &mut inverse)
+    normalize::forward(dev, normalize::Dims { rows: 3, width: 2 }, &h, Some(&c), &mut z, &mut inverse)
         .unwrap();
-    assert_eq!(&z[..2], [0.0, 0.0]);
+    let (z, inverse) = (dev.download(&z).unwrap(), dev.download(&inverse).unwrap());
+    assert_eq!(z[..2], [0.0, 0.0]);
     assert!(z[2].is_nan() && inverse[1].is_nan());
     assert!(z[4].is_nan(), "too large to square: {}", z[4]);
 }
 
-#[test]
-fn anchor_by_its_definition() {
-    let dev = Cpu;
+fn anchor_by_its_definition<B: anchor::Anchor>(dev: &B) {
     for (seed, (rows, width)) in rows_by_widths().enumerate() {
         let (seed, n) = (seed as u64, rows * width);
         let (z, z0, dz) =
             (normal::<f32>(seed, n, 0.3), normal::<f32>(seed + 99, n, 0.3), normal::<f32>(seed + 7, n, 1.0));
-        let (a, b) = (guarded::input(&dev, &z), guarded::input(&dev, &z0));
-        let (mut loss, mut got) = (guarded::poisoned(&dev, rows), guarded::input(&dev, &dz));
+        let (a, b) = (guarded::input(dev, &z), guarded::input(dev, &z0));
+        let (mut loss, mut got) = (guarded::poisoned(dev, rows), guarded::input(dev, &dz));
         let dims = anchor::Dims { rows, width, scale: 0.25 };
-        anchor::forward_backward(&dev, dims, a.buf(), b.buf(), loss.buf_mut(), got.buf_mut()).unwrap();
+        anchor::forward_backward(dev, dims, a.buf(), b.buf(), loss.buf_mut(), got.buf_mut()).unwrap();
         let (z, z0) = (wide(&z), wide(&z0));
         let want: Vec<f64> = z.chunks(width).zip(z0.chunks(width)).map(|(z, z0)| 1.0 - dot(z, z0)).collect();
         assert_close("loss", &loss.read(), &want, 1e-5, 1e-6);
@@ -113,9 +119,7 @@ fn anchor_by_its_definition() {
 }
 
 /// Σ_k loss_k and its gradient by differences in f64.
-#[test]
-fn structure_by_its_definition_and_by_differences() {
-    let dev = Cpu;
+fn structure_by_its_definition_and_by_differences<B: structure::Structure>(dev: &B) {
     for (seed, (n, width)) in [(1, 5), (2, 3), (7, 16), (19, 33)].into_iter().enumerate() {
         let p = normal::<f32>(seed as u64, n * width, 0.5);
         let mut jaccard = vec![1.0f32; n * n];
@@ -135,10 +139,10 @@ fn structure_by_its_definition_and_by_differences() {
             others.map(|l| e(l).powi(2)).sum::<f64>() / (n * (n - 1).max(1)) as f64
         };
         let total = |p: &[f64]| (0..n).map(|k| term(p, k)).sum::<f64>();
-        let (buf, j) = (guarded::input(&dev, &p), guarded::input(&dev, &jaccard));
-        let (mut loss, mut dp) = (guarded::poisoned(&dev, n), guarded::input(&dev, &vec![1.0f32; n * width]));
+        let (buf, j) = (guarded::input(dev, &p), guarded::input(dev, &jaccard));
+        let (mut loss, mut dp) = (guarded::poisoned(dev, n), guarded::input(dev, &vec![1.0f32; n * width]));
         let dims = structure::Dims { prototypes: n, width, c0, c1, scale: 0.5 };
-        structure::forward_backward(&dev, dims, buf.buf(), j.buf(), loss.buf_mut(), dp.buf_mut()).unwrap();
+        structure::forward_backward(dev, dims, buf.buf(), j.buf(), loss.buf_mut(), dp.buf_mut()).unwrap();
         let p = wide(&p);
         let want: Vec<f64> = (0..n).map(|k| term(&p, k)).collect();
         assert_close("loss", &loss.read(), &want, 1e-6, 1e-5);
@@ -156,9 +160,8 @@ fn structure_by_its_definition_and_by_differences() {
     }
 }
 
-#[test]
-fn same_bits_for_any_number_of_threads() {
-    let (dev, rows, width) = (Cpu, 300, 70);
+fn same_bits_for_any_number_of_threads<B: normalize::Normalize + anchor::Anchor + structure::Structure>(dev: &B) {
+    let (rows, width) = (300, 70);
     let (h, z0) = (normal::<f32>(1, rows * width, 1.0), normal::<f32>(2, rows * width, 0.1));
     let jaccard = normal::<f32>(3, rows * rows, 0.1);
     let results = by_threads(|| {
@@ -166,13 +169,13 @@ fn same_bits_for_any_number_of_threads() {
         let [mut z, mut dz, mut dh] = [0; 3].map(|_| dev.zeros::<f32>(rows * width).unwrap());
         let [mut inverse, mut loss, mut other] = [0; 3].map(|_| dev.zeros::<f32>(rows).unwrap());
         let dims = normalize::Dims { rows, width };
-        normalize::forward(&dev, dims, &h, None, &mut z, &mut inverse).unwrap();
-        anchor::forward_backward(&dev, anchor::Dims { rows, width, scale: 0.1 }, &z, &z0, &mut loss, &mut dz)
+        normalize::forward(dev, dims, &h, None, &mut z, &mut inverse).unwrap();
+        anchor::forward_backward(dev, anchor::Dims { rows, width, scale: 0.1 }, &z, &z0, &mut loss, &mut dz)
             .unwrap();
         let structured = structure::Dims { prototypes: rows, width, c0: 0.0, c1: 0.8, scale: 1.0 };
-        structure::forward_backward(&dev, structured, &z, &j, &mut other, &mut dz).unwrap();
-        normalize::backward(&dev, dims, &dz, &z, &inverse, false, &mut dh).unwrap();
-        [&z, &loss, &other, &dz, &dh].map(|x| x.to_vec()).concat()
+        structure::forward_backward(dev, structured, &z, &j, &mut other, &mut dz).unwrap();
+        normalize::backward(dev, dims, &dz, &z, &inverse, false, &mut dh).unwrap();
+        [&z, &loss, &other, &dz, &dh].map(|x| dev.download(x).unwrap()).concat()
     });
     assert_same_bits("2 threads", &results[1], &results[0]);
     assert_same_bits("3 threads", &results[2], &results[0]);
