@@ -210,8 +210,10 @@ def few_labels(lab, name, seed, counts):
         run.refine(partly, "pretrained", *few, markers=curated)
         # 100 steps whatever n: an epoch of a few cells would be no training at all.
         run.finetune(tuned, "pretrained", 1, RATE, *few, *setting("train.steps=100"))
+        run.finetune(f"label-free-tuned-{n}", "label-free", 1, RATE_AFTER_REFINE, *few, *setting("train.steps=100"))
         out[n] = {arm: run.evaluate(start, *few, markers=curated, kept=f"{arm}-few-{n}")
-                  for arm, start in (("pretrained", "pretrained"), ("label-free", "label-free"), ("partly", partly), ("tuned", tuned))}
+                  for arm, start in (("pretrained", "pretrained"), ("label-free", "label-free"), ("partly", partly), ("tuned", tuned),
+                                    ("label-free-tuned", f"label-free-tuned-{n}"))}
         out[n]["baselines"] = run.baselines(tuned, "--methods", "logistic_regression", kept=f"baselines-{n}")
     return out
 
@@ -317,7 +319,10 @@ def write_docs(lab, results):
                 ("partly labelled refine + probe", lambda r: r["partly"]["linear_probe_macro_f1"]),
                 ("label-free refine, prototype and markers (no label used)", lambda r: scores(r["label-free"], "both")[1]),
                 ("partly labelled refine, prototype and markers", lambda r: scores(r["partly"], "both")[1]),
-                ("fine-tuning from pretrained", lambda r: r["tuned"]["macro_f1"]),
+                ("fine-tuning from pretrained", lambda r: scores(r["tuned"], "classifier")[1]),
+                ("fine-tuning after label-free refine", lambda r: scores(r["label-free-tuned"], "classifier")[1]),
+                ("fine-tuning from pretrained, markers beside", lambda r: scores(r["tuned"], "classifier_markers")[1]),
+                ("fine-tuning after label-free refine, markers beside", lambda r: scores(r["label-free-tuned"], "classifier_markers")[1]),
                 ("logistic regression, 2,000 variable genes", lambda r: method(r["baselines"], "logistic_regression", "macro_f1"))]
         counts = list(runs[0])
         for title, f in arms:
