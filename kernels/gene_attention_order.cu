@@ -12,7 +12,8 @@ extern "C" __global__ void __launch_bounds__(256) gene_attention_order(
     const unsigned* cell_start,   // (C + 1)
     const unsigned char* global,  // (N) 1 = global token
     unsigned* order,              // (N)
-    unsigned* globals) {          // (C)
+    unsigned* globals             // (C)
+) {
   SHARED(int, in_warp, [8]);
   int start = (int)cell_start[blockIdx.x], length = (int)cell_start[blockIdx.x + 1] - start;
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, count = 0;
