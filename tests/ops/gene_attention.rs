@@ -16,7 +16,7 @@ on_emulated!(A: dense, short_cells_share_a_tile, marker_sparse, dropout, huge_sc
 
 /// Both directions against the oracle.
 #[track_caller]
-fn check<A: ActSample, B: GeneAttention<A>>(dev: &B, case: &Case) -> Results<A> {
+fn check<B: GeneAttention<A>, A: ActSample>(dev: &B, case: &Case) -> Results<A> {
     let (qkv, do_) = (case.qkv::<A>(), case.do_::<A>());
     let (got, want) = (run_on(dev, case, &qkv, &do_), oracle(case, &wide(&qkv), &wide(&do_)));
     let Case { heads, head_width, lengths, sparse, dropout, .. } = case;
@@ -45,7 +45,7 @@ fn check<A: ActSample, B: GeneAttention<A>>(dev: &B, case: &Case) -> Results<A> 
 /// Around a row group of 16, a tile of 16, 32 or 64, and a block of 64.
 const ODD: &[usize] = &[1, 2, 15, 16, 17, 63, 64, 65, 130];
 
-fn dense<A: ActSample, B: GeneAttention<A>>(dev: &B) {
+fn dense<B: GeneAttention<A>, A: ActSample>(dev: &B) {
     for (heads, head_width) in [(4, 32), (3, 64), (1, 128)] {
         check(dev, &Case::dense(ODD, heads, head_width));
     }
@@ -53,7 +53,7 @@ fn dense<A: ActSample, B: GeneAttention<A>>(dev: &B) {
     check(dev, &Case::dense(&[1], 2, 128));
 }
 
-fn short_cells_share_a_tile<A: ActSample, B: GeneAttention<A>>(dev: &B) {
+fn short_cells_share_a_tile<B: GeneAttention<A>, A: ActSample>(dev: &B) {
     let lengths: Vec<usize> = (0..70).map(|i| 1 + i * 7 % 9).collect();
     check(dev, &Case::dense(&lengths, 2, 32));
     check(dev, &Case::dense(&lengths, 1, 64).dropout(0.3));
@@ -61,7 +61,7 @@ fn short_cells_share_a_tile<A: ActSample, B: GeneAttention<A>>(dev: &B) {
 }
 
 /// Windows from none to all, global tokens from hardly any to every second one; `usize::MAX` is a window like any other.
-fn marker_sparse<A: ActSample, B: GeneAttention<A>>(dev: &B) {
+fn marker_sparse<B: GeneAttention<A>, A: ActSample>(dev: &B) {
     for (window, every) in [(0, 5), (1, 1000), (7, 11), (16, 2), (33, 40), (64, 17), (usize::MAX, 9)] {
         check(dev, &Case::dense(&[1, 2, 17, 64, 65, 230], 1, 32).sparse(window, every));
     }
@@ -69,7 +69,7 @@ fn marker_sparse<A: ActSample, B: GeneAttention<A>>(dev: &B) {
     check(dev, &Case::dense(&[100, 45], 1, 128).sparse(9, 30));
 }
 
-fn dropout<A: ActSample, B: GeneAttention<A>>(dev: &B) {
+fn dropout<B: GeneAttention<A>, A: ActSample>(dev: &B) {
     for probability in [0.1, 0.5] {
         check(dev, &Case::dense(&[5, 64, 33, 90], 3, 32).dropout(probability));
         check(dev, &Case::dense(&[70, 13], 2, 64).sparse(16, 7).dropout(probability));
@@ -77,7 +77,7 @@ fn dropout<A: ActSample, B: GeneAttention<A>>(dev: &B) {
     }
 }
 
-fn huge_scores_stay_finite<A: ActSample, B: GeneAttention<A>>(dev: &B) {
+fn huge_scores_stay_finite<B: GeneAttention<A>, A: ActSample>(dev: &B) {
     for scale in [4.0, 30.0] {
         let mut case = Case::dense(&[65, 40, 1], 2, 64);
         case.scale = scale;
@@ -87,7 +87,7 @@ fn huge_scores_stay_finite<A: ActSample, B: GeneAttention<A>>(dev: &B) {
 }
 
 /// Independent of the formulas of the backward pass: central differences of the f64 forward pass.
-fn backward_is_the_derivative_of_forward<A: ActSample, B: GeneAttention<A>>(dev: &B) {
+fn backward_is_the_derivative_of_forward<B: GeneAttention<A>, A: ActSample>(dev: &B) {
     for case in [Case::dense(&[3, 9], 1, 32), Case::dense(&[17], 1, 32).sparse(3, 6).dropout(0.25)] {
         let (qkv, do_) = (case.qkv::<A>(), case.do_::<A>());
         let got = run_on(dev, &case, &qkv, &do_).dqkv;
@@ -106,7 +106,7 @@ fn backward_is_the_derivative_of_forward<A: ActSample, B: GeneAttention<A>>(dev:
     }
 }
 
-fn delta_is_the_product_of_o_and_its_gradient<A: ActSample, B: GeneAttention<A>>(dev: &B) {
+fn delta_is_the_product_of_o_and_its_gradient<B: GeneAttention<A>, A: ActSample>(dev: &B) {
     for (heads, head_width) in [(3, 32), (1, 64), (2, 128)] {
         let case = Case::dense(&[17, 50], heads, head_width);
         let got = run::<A, B>(dev, &case);
@@ -121,7 +121,7 @@ fn delta_is_the_product_of_o_and_its_gradient<A: ActSample, B: GeneAttention<A>>
 }
 
 /// A cell's results are its own, to the bit, whatever cells share its tiles.
-fn a_cell_does_not_feel_its_batch<A: ActSample, B: GeneAttention<A>>(dev: &B) {
+fn a_cell_does_not_feel_its_batch<B: GeneAttention<A>, A: ActSample>(dev: &B) {
     for whole in [
         Case::dense(&[100, 3, 61, 75], 2, 32).dropout(0.3),
         Case::dense(&[70, 5, 90], 1, 64).sparse(11, 8).dropout(0.3),
@@ -145,7 +145,7 @@ fn a_cell_does_not_feel_its_batch<A: ActSample, B: GeneAttention<A>>(dev: &B) {
     }
 }
 
-fn the_same_bits_for_any_thread_count<A: ActSample, B: GeneAttention<A>>(dev: &B) {
+fn the_same_bits_for_any_thread_count<B: GeneAttention<A>, A: ActSample>(dev: &B) {
     for case in [Case::dense(&[90, 7, 1, 64], 2, 32).dropout(0.1), Case::dense(&[120], 1, 64).sparse(30, 10)]
     {
         let [one, two, three] = by_threads(|| run::<A, B>(dev, &case));
