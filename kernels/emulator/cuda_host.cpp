@@ -164,6 +164,15 @@ void collective(uint32_t mask, void* data, void (*combine)(void* const*, uint32_
 
 // ---- shared memory
 
+#ifdef CUHOST_ASAN
+// The gaps between SHARED arrays and behind dynamic shared memory are out of bounds for AddressSanitizer too.
+static void forbid(void* at, size_t bytes) { __asan_poison_memory_region(at, bytes); }
+static void allow(void* at, size_t bytes) { __asan_unpoison_memory_region(at, bytes); }
+#else
+static void forbid(void*, size_t) {}
+static void allow(void*, size_t) {}
+#endif
+
 void* static_shared(const void* declaration, size_t bytes, Site site) {
   Block& b = *block;
   for (const SharedSlot& s : b.slot)
@@ -172,6 +181,7 @@ void* static_shared(const void* declaration, size_t bytes, Site site) {
   if (offset + taken > MAX_STATIC_SHARED) fault(site, "more than %zu bytes of static shared memory", MAX_STATIC_SHARED);
   b.static_used += taken;
   b.slot.push_back({declaration, offset, bytes});
+  forbid(b.static_shared + offset + bytes, taken - bytes);
   return b.static_shared + offset;
 }
 
@@ -265,8 +275,11 @@ static void report_deadlock(Block& b) {
 
 static void run_block(Block& b, bool& dirty) {
   size_t dynamic = b.launch->shared_bytes, rounded = (dynamic + 1023) / 1024 * 1024;
+  allow(b.dynamic_shared, rounded);
+  allow(b.static_shared, b.static_used);
   memset(b.dynamic_shared, POISON, rounded);
   memset(b.static_shared, POISON, b.static_used);
+  forbid(b.dynamic_shared + dynamic, rounded - dynamic);
   b.static_used = 0;
   b.slot.clear();
   b.live = b.threads;
@@ -297,6 +310,8 @@ static void run_block(Block& b, bool& dirty) {
     if (!b.abandoned) report_deadlock(b);
     return;
   }
+  allow(b.dynamic_shared, rounded);
+  allow(b.static_shared, b.static_used);
   char text[160];
   for (const SharedSlot& s : b.slot) {
     const unsigned char* at = b.static_shared + s.offset;

@@ -18,19 +18,6 @@
 #include <cstring>
 #include <mutex>
 
-#if defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define CUHOST_ASAN 1
-#endif
-#endif
-#if defined(__SANITIZE_ADDRESS__)
-#define CUHOST_ASAN 1
-#endif
-#ifdef CUHOST_ASAN
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#endif
-
 extern "C" void cuhost_switch(void** save_stack_pointer, void* to_stack_pointer) __attribute__((visibility("hidden")));
 
 #if defined(__x86_64__)

@@ -10,6 +10,20 @@
 #include <cstdint>
 #include <vector>
 
+// Is AddressSanitizer compiled in? g++ and clang++ say it in different ways.
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define CUHOST_ASAN 1
+#endif
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+#define CUHOST_ASAN 1
+#endif
+#ifdef CUHOST_ASAN
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
 struct uint3 {
   unsigned x, y, z;
 };

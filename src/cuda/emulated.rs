@@ -6,6 +6,7 @@
 //! CELLREFINE_EMULATOR_LIBRARY names a shared object with kernels of the same names (built from edited sources); its
 //! kernels run in place of those of this build. The mutants of the tests come in this way.
 
+use super::capture::not_recordable;
 use super::driver::Grid;
 use super::functions::{EmulatedKernel, Kernel};
 use crate::error::{Error, Result};
@@ -13,7 +14,8 @@ use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::ptr;
 use std::sync::atomic::{AtomicU32, AtomicU64};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread::ThreadId;
 
 /// The order in which emulated threads run, and when asynchronous copies land. Each hides faults that another shows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,19 +80,116 @@ pub struct Emulated {
     library: Option<Library>,
     /// Start and bytes of every live allocation, for reports.
     live: Mutex<BTreeMap<u64, usize>>,
+    /// While a thread records: its id and what it has queued.
+    recording: Mutex<Option<(ThreadId, Vec<Work>)>>,
 }
+
+/// Work that a graph holds.
+enum Work {
+    Launch {
+        kernel: Kernel,
+        act: usize,
+        grid: Grid,
+        arguments: Vec<Box<[u64]>>,
+    },
+    Clear {
+        at: u64,
+        bytes: usize,
+    },
+    Copy {
+        from: u64,
+        to: u64,
+        bytes: usize,
+    },
+    /// A matrix product, which the CPU backend does.
+    Call(Box<dyn Fn() -> Result<()> + Send + Sync>),
+}
+
+/// Recorded work, in order.
+pub(super) struct Graph(Vec<Work>);
 
 impl Emulated {
     pub(super) fn open(schedule: Schedule) -> Result<Self> {
         let library = std::env::var("CELLREFINE_EMULATOR_LIBRARY").ok().map(|path| Library::open(&path));
-        Ok(Emulated { schedule, library: library.transpose()?, live: Mutex::default() })
+        Ok(Emulated {
+            schedule,
+            library: library.transpose()?,
+            live: Mutex::default(),
+            recording: Mutex::default(),
+        })
     }
 
     pub(super) fn name(&self) -> String {
         format!("emulated ({} copies, {} threads)", self.schedule.name(), rayon::current_num_threads())
     }
 
+    pub(super) fn capture(&self, work: impl FnOnce() -> Result<()>) -> Result<Graph> {
+        let me = std::thread::current().id();
+        if self.recording().is_some() {
+            return Err(not_recordable("a second recording"));
+        }
+        *self.recording() = Some((me, Vec::new()));
+        let done = work();
+        let recorded = self.recording().take();
+        done?;
+        Ok(Graph(recorded.map_or(Vec::new(), |(_, work)| work)))
+    }
+
+    pub(super) fn replay(&self, graph: &Graph) -> Result<()> {
+        for work in &graph.0 {
+            match work {
+                Work::Launch { kernel, act, grid, arguments } => {
+                    let pointers: Vec<*mut c_void> =
+                        arguments.iter().map(|a| a.as_ptr().cast_mut().cast()).collect();
+                    // SAFETY: the values that the launch was recorded with; the graph's contract keeps the buffers alive.
+                    unsafe { self.launch_now(*kernel, *act, *grid, &pointers) }?;
+                }
+                // SAFETY: as when they were recorded.
+                Work::Clear { at, bytes } => unsafe { ptr::write_bytes(*at as *mut u8, 0, *bytes) },
+                // SAFETY: as when they were recorded.
+                Work::Copy { from, to, bytes } => unsafe {
+                    ptr::copy_nonoverlapping(*from as *const u8, *to as *mut u8, *bytes);
+                },
+                Work::Call(call) => call()?,
+            }
+        }
+        Ok(())
+    }
+
+    fn recording(&self) -> MutexGuard<'_, Option<(ThreadId, Vec<Work>)>> {
+        self.recording.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Is this thread recording?
+    fn records(&self) -> bool {
+        self.recording().as_ref().is_some_and(|(thread, _)| *thread == std::thread::current().id())
+    }
+
+    /// Adds to the recording, or hands the work back where this thread is not recording.
+    fn record(&self, work: impl FnOnce() -> Work) -> bool {
+        let mut recording = self.recording();
+        match recording.as_mut() {
+            Some((thread, list)) if *thread == std::thread::current().id() => {
+                list.push(work());
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Runs work of the CPU backend in its place among the kernels.
+    pub(super) fn call(&self, work: impl Fn() -> Result<()> + Send + Sync + 'static) -> Result<()> {
+        if self.records() {
+            self.record(|| Work::Call(Box::new(work)));
+            return Ok(());
+        }
+        work()
+    }
+
     pub(super) fn allocate(&self, bytes: usize) -> Result<u64> {
+        if self.records() {
+            return Err(not_recordable("an allocation"));
+        }
         let refused = || {
             Error::environment("out of memory")
                 .found(format!("{:.1} MB refused", bytes as f64 / 1e6))
@@ -129,30 +228,45 @@ impl Emulated {
     }
 
     pub(super) unsafe fn upload(&self, to: u64, host: &[u8]) -> Result<()> {
+        if self.records() {
+            return Err(not_recordable("a copy from the host"));
+        }
         // SAFETY: the caller's range; host memory of this process.
         unsafe { ptr::copy_nonoverlapping(host.as_ptr(), to as *mut u8, host.len()) };
         Ok(())
     }
 
     pub(super) unsafe fn download(&self, from: u64, host: &mut [u8]) -> Result<()> {
+        if self.records() {
+            return Err(not_recordable("a copy to the host"));
+        }
         // SAFETY: as above.
         unsafe { ptr::copy_nonoverlapping(from as *const u8, host.as_mut_ptr(), host.len()) };
         Ok(())
     }
 
     pub(super) unsafe fn clear(&self, at: u64, bytes: usize) -> Result<()> {
+        if self.record(|| Work::Clear { at, bytes }) {
+            return Ok(());
+        }
         // SAFETY: as above.
         unsafe { ptr::write_bytes(at as *mut u8, 0, bytes) };
         Ok(())
     }
 
     pub(super) unsafe fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()> {
+        if self.record(|| Work::Copy { from, to, bytes }) {
+            return Ok(());
+        }
         // SAFETY: as above.
         unsafe { ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, bytes) };
         Ok(())
     }
 
     pub(super) fn poison(&self, at: u64, bytes: usize) {
+        if self.records() {
+            return; // the workspace is in use by what was recorded before, in the order of its replay
+        }
         // SAFETY: the workspace's own block, which its lock holder alone uses.
         unsafe { ptr::write_bytes(at as *mut u8, 0xFF, bytes) };
     }
@@ -163,7 +277,33 @@ impl Emulated {
         act: usize,
         grid: Grid,
         arguments: &[*mut c_void],
-        _sizes: &[usize],
+        sizes: &[usize],
+    ) -> Result<()> {
+        // Values, since the pointers end with the call; in words of 8 bytes, which is as aligned as any argument wants.
+        let values = || {
+            let value = |(pointer, size): (&*mut c_void, &usize)| {
+                let mut words = vec![0u64; size.div_ceil(8)].into_boxed_slice();
+                // SAFETY: each argument is `size` bytes, by the caller's word, and `words` holds as many.
+                unsafe { ptr::copy_nonoverlapping(pointer.cast::<u8>(), words.as_mut_ptr().cast(), *size) };
+                words
+            };
+            arguments.iter().zip(sizes).map(value).collect()
+        };
+        if self.record(|| Work::Launch { kernel, act, grid, arguments: values() }) {
+            return Ok(());
+        }
+        // SAFETY: passed on.
+        unsafe { self.launch_now(kernel, act, grid, arguments) }
+    }
+
+    /// # Safety
+    /// As [`Driver::launch`](super::Driver).
+    unsafe fn launch_now(
+        &self,
+        kernel: Kernel,
+        act: usize,
+        grid: Grid,
+        arguments: &[*mut c_void],
     ) -> Result<()> {
         let entry = kernel.entry();
         let code = match &self.library {
@@ -217,7 +357,7 @@ impl Emulated {
         Err(error)
     }
 
-    fn live(&self) -> std::sync::MutexGuard<'_, BTreeMap<u64, usize>> {
+    fn live(&self) -> MutexGuard<'_, BTreeMap<u64, usize>> {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -131,6 +131,21 @@ fn failure(doing: &str, e: DriverError) -> Error {
     Error::environment(format!("the GPU driver failed {doing}")).found(format!("{name} ({code})"))
 }
 
+/// A CUDA graph that can be launched.
+pub(super) struct Graph(sys::CUgraphExec);
+
+// SAFETY: the handle is used under the GPU's context alone, which every method enters.
+unsafe impl Send for Graph {}
+// SAFETY: as above; launches of one graph are serialised by the stream.
+unsafe impl Sync for Graph {}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        // SAFETY: made by `capture`, dropped once; a running launch keeps what it needs.
+        let _ = unsafe { result::graph::exec_destroy(self.0) };
+    }
+}
+
 impl Gpu {
     /// GPU `ordinal`, with every kernel loaded.
     ///
@@ -202,6 +217,33 @@ impl Gpu {
 
     pub(super) fn name(&self) -> String {
         format!("cuda:{} ({})", self.ordinal, self.name)
+    }
+
+    /// Records what this thread queues while `work` runs.
+    pub(super) fn capture(&self, work: impl FnOnce() -> Result<()>) -> Result<Graph> {
+        self.enter()?;
+        let capturing = |e| failure("recording work", e);
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream is alive and records nothing yet, or the driver refuses.
+        unsafe { result::stream::begin_capture(self.stream, mode) }.map_err(capturing)?;
+        let done = work();
+        // The recording ends whatever became of the work. SAFETY: begun above.
+        let graph = unsafe { result::stream::end_capture(self.stream) };
+        done?;
+        let graph = graph.map_err(capturing)?;
+        // SAFETY: a graph just made; its description is not needed once it can be launched.
+        unsafe {
+            let launchable = result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0));
+            let _ = result::graph::destroy(graph);
+            Ok(Graph(launchable.map_err(capturing)?))
+        }
+    }
+
+    pub(super) fn replay(&self, graph: &Graph) -> Result<()> {
+        self.enter()?;
+        // SAFETY: a live graph of this GPU; its buffers live by the graph's contract.
+        unsafe { result::graph::launch(graph.0, self.stream) }
+            .map_err(|e| failure("replaying recorded work", e))
     }
 
     pub(super) fn allocate(&self, bytes: usize) -> Result<u64> {

@@ -5,25 +5,41 @@
 
 use super::functions::{linear_bias_gradient, linear_relu_mask, reduce_columns};
 use super::{Buf, Cuda, Driver, Grid};
+#[cfg(emulator)]
 use crate::cpu::{self, Cpu};
-use crate::device::{Act, Element, Len};
+use crate::device::Act;
+#[cfg(emulator)]
+use crate::device::{Element, Len};
 use crate::error::Result;
 use crate::ops::linear::{Activation, BackwardInput, BackwardWeight, Dims, In, Linear};
-use std::ptr::NonNull;
+#[cfg(emulator)]
+use std::{marker::PhantomData, ptr::NonNull};
 
 /// Rows that one block sums for the bias gradient, at least, and blocks over rows, at most.
 const ROWS_PER_BLOCK: usize = 64;
 const MOST_BLOCKS: usize = 512;
 
-/// The emulator's memory as the CPU backend sees it.
-///
-/// # Safety
-/// The buffer lies in host memory (the emulator's) and outlives the view.
+/// The emulator's memory, as the CPU backend will see it.
 #[cfg(emulator)]
-unsafe fn view<T: Element>(buf: &Buf<T>) -> cpu::Buf<T> {
-    let ptr = NonNull::new(buf.address() as *mut T).unwrap_or(NonNull::dangling());
-    // SAFETY: an emulated buffer is `len` elements of host memory; the caller keeps it alive.
-    unsafe { cpu::Buf::over(ptr, buf.len()) }
+struct View<T: Element> {
+    address: u64,
+    len: usize,
+    element: PhantomData<fn() -> T>,
+}
+
+#[cfg(emulator)]
+impl<T: Element> View<T> {
+    fn of(buf: &Buf<T>) -> Self {
+        View { address: buf.address(), len: buf.len(), element: PhantomData }
+    }
+
+    /// # Safety
+    /// The buffer lies in host memory (the emulator's) and outlives what is returned; Rust's rule for borrows is the caller's.
+    unsafe fn buf(&self) -> cpu::Buf<T> {
+        let ptr = NonNull::new(self.address as *mut T).unwrap_or(NonNull::dangling());
+        // SAFETY: an emulated buffer is `len` elements of host memory; the caller keeps it alive.
+        unsafe { cpu::Buf::over(ptr, self.len) }
+    }
 }
 
 impl Cuda {
@@ -38,11 +54,14 @@ impl Cuda {
         match &**self.driver() {
             Driver::Gpu(gpu) => gpu.products().input(gpu, dims, [dy, weight], accumulate, dx),
             #[cfg(emulator)]
-            Driver::Emulated(_) => {
-                // SAFETY: emulated buffers, borrowed for the whole call; `dx` mutably.
-                let (dy, weight, mut dx) = unsafe { (view(dy), view(weight), view(dx)) };
-                let input = BackwardInput { dy: &dy, weight: &weight, relu_output: None, accumulate };
-                Cpu.linear_backward_input(dims, input, &mut dx)
+            Driver::Emulated(emulated) => {
+                let (dy, weight, dx) = (View::of(dy), View::of(weight), View::of(dx));
+                emulated.call(move || {
+                    // SAFETY: emulated buffers, borrowed for the call or kept by the graph's contract; `dx` mutably.
+                    let (dy, weight, mut dx) = unsafe { (dy.buf(), weight.buf(), dx.buf()) };
+                    let input = BackwardInput { dy: &dy, weight: &weight, relu_output: None, accumulate };
+                    Cpu.linear_backward_input(dims, input, &mut dx)
+                })
             }
         }
     }
@@ -98,10 +117,13 @@ impl<A: Act> Linear<A> for Cuda {
         match &**self.driver() {
             Driver::Gpu(gpu) => gpu.products().weight(gpu, dims, [input.x, input.dy], dweight)?,
             #[cfg(emulator)]
-            Driver::Emulated(_) => {
-                // SAFETY: emulated buffers, borrowed for the whole call; `dweight` mutably.
-                let (x, dy, mut dweight) = unsafe { (view(input.x), view(input.dy), view(dweight)) };
-                Cpu.linear_backward_weight(dims, BackwardWeight { x: &x, dy: &dy }, &mut dweight, None)?;
+            Driver::Emulated(emulated) => {
+                let (x, dy, dweight) = (View::of(input.x), View::of(input.dy), View::of(dweight));
+                emulated.call(move || {
+                    // SAFETY: as in `input_product`; `dweight` mutably.
+                    let (x, dy, mut dweight) = unsafe { (x.buf(), dy.buf(), dweight.buf()) };
+                    Cpu.linear_backward_weight(dims, BackwardWeight { x: &x, dy: &dy }, &mut dweight, None)
+                })?;
             }
         }
         let Some(dbias) = dbias else { return Ok(()) };

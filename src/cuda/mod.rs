@@ -5,6 +5,7 @@
 
 mod anchor;
 mod buffer;
+mod capture;
 pub mod cublas;
 mod driver;
 #[cfg(emulator)]
@@ -21,6 +22,7 @@ mod structure;
 mod workspace;
 
 pub use buffer::Buf;
+pub use capture::Graph;
 pub use driver::{Driver, Grid};
 #[cfg(emulator)]
 pub use emulated::Schedule;

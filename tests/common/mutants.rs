@@ -1,4 +1,4 @@
-//! Do the tests of a kernel notice when the kernel is wrong?
+//! Do the tests of a kernel notice when the kernel is wrong, and are the sanitizers silent when it is right?
 //!
 //! `kernels/mutants/STEM.toml` lists one-line faults. Each is put into a copy of `kernels/`, compiled as host C++ into a shared
 //! object, and given to this very test program by CELLREFINE_EMULATOR_LIBRARY: at least one schedule's tests have to fail. The
@@ -34,6 +34,11 @@ struct Mutants {
 const PATIENCE: Duration = Duration::from_secs(120);
 const SCHEDULES: [&str; 3] = ["late", "reversed", "eager"];
 
+/// What the names of a module's tests start with: the path without the crate.
+pub fn prefix(module: &str) -> String {
+    module.split_once("::").map_or(String::new(), |(_, path)| format!("{path}::"))
+}
+
 /// Every mutant of kernel file `stem` fails a test whose name starts with `prefix` + `emulated_`.
 pub fn each_is_caught(stem: &str, prefix: &str) {
     let Some(compiler) = compiler() else {
@@ -44,7 +49,7 @@ pub fn each_is_caught(stem: &str, prefix: &str) {
     let list = kernels.join("mutants").join(format!("{stem}.toml"));
     let list: Mutants = toml::from_str(&std::fs::read_to_string(list).unwrap()).unwrap();
     let folder = tempfile::tempdir().unwrap();
-    let bench = Bench { compiler, kernels, folder: folder.path().into(), stem: stem.into() };
+    let bench = Bench { compiler, kernels, folder: folder.path().into(), stem: stem.into(), sanitize: false };
     let runtime = bench.runtime();
 
     let control = bench.build("control", None, &runtime);
@@ -74,6 +79,24 @@ pub fn each_is_caught(stem: &str, prefix: &str) {
     assert!(list.mutant.len() >= 3, "{stem}: three mutants at least");
 }
 
+/// The kernel's tests pass in all schedules under AddressSanitizer and UndefinedBehaviorSanitizer.
+pub fn sanitizers_are_silent(stem: &str, prefix: &str) {
+    let compiler = compiler().expect("a C++ compiler with the sanitizers' libraries");
+    let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
+    let folder = tempfile::tempdir().unwrap();
+    let bench = Bench { compiler, kernels, folder: folder.path().into(), stem: stem.into(), sanitize: true };
+    let library = bench.build("sanitized", None, &bench.runtime());
+    for schedule in SCHEDULES {
+        let output = bench.command(&library, prefix, schedule).output().unwrap();
+        assert!(
+            output.status.success(),
+            "{schedule}:\n{}{}",
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+}
+
 fn compiler() -> Option<String> {
     let named = std::env::var("CXX").ok();
     named
@@ -87,13 +110,18 @@ struct Bench {
     kernels: PathBuf,
     folder: PathBuf,
     stem: String,
+    sanitize: bool,
 }
 
 impl Bench {
     fn compile(&self, arguments: &[&std::ffi::OsStr]) {
         let flags = ["-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-w"];
         let mut command = Command::new(&self.compiler);
-        let output = command.args(flags).args(arguments).output().unwrap();
+        command.args(flags);
+        if self.sanitize {
+            command.args(["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]);
+        }
+        let output = command.args(arguments).output().unwrap();
         assert!(output.status.success(), "{command:?}\n{}", String::from_utf8_lossy(&output.stderr));
     }
 
@@ -149,16 +177,27 @@ impl Bench {
         library
     }
 
-    /// Do this program's tests of one schedule pass with the library's kernels?
-    fn passes(&self, library: &Path, prefix: &str, schedule: &str) -> bool {
-        let mut child = Command::new(std::env::current_exe().unwrap())
+    /// This program's tests of one schedule, with the library's kernels.
+    fn command(&self, library: &Path, prefix: &str, schedule: &str) -> Command {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command
             .args([&format!("{prefix}emulated_{schedule}"), "--test-threads=1", "--quiet"])
             .env("CELLREFINE_EMULATOR_LIBRARY", library)
-            .env("RUST_BACKTRACE", "0")
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
+            .env("RUST_BACKTRACE", "0");
+        if self.sanitize {
+            // The sanitizer's own library has to come before everything else in a program that was built without it.
+            let asan = Command::new(&self.compiler).arg("-print-file-name=libasan.so").output().unwrap();
+            command
+                .env("LD_PRELOAD", String::from_utf8(asan.stdout).unwrap().trim())
+                .env("ASAN_OPTIONS", "detect_leaks=0");
+        }
+        command
+    }
+
+    /// Do they pass?
+    fn passes(&self, library: &Path, prefix: &str, schedule: &str) -> bool {
+        let mut command = self.command(library, prefix, schedule);
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
         let start = Instant::now();
         loop {
             if let Some(status) = child.try_wait().unwrap() {

@@ -49,15 +49,19 @@ macro_rules! on_emulated {
         mod emulated_eager { on_emulated!(@ Eager: $($body),*); }
     };
 }
-/// `mutants!("layernorm")`: each fault of kernels/mutants/layernorm.toml fails a test of this module.
+/// `mutants!("layernorm")`: each fault of kernels/mutants/layernorm.toml fails a test of this module; without a fault, the
+/// sanitizers find none either (ignored unless asked for: it takes a compiler with their libraries).
 #[cfg(emulator)]
 macro_rules! mutants {
     ($stem:literal) => {
         #[test]
         fn mutants_are_caught() {
-            let module =
-                module_path!().split_once("::").map_or(String::new(), |(_, path)| format!("{path}::"));
-            crate::common::mutants::each_is_caught($stem, &module);
+            crate::common::mutants::each_is_caught($stem, &crate::common::mutants::prefix(module_path!()));
+        }
+        #[test]
+        #[ignore = "runs every kernel again under ASan and UBSan: cargo test --release sanitizers -- --ignored"]
+        fn sanitizers_are_silent() {
+            crate::common::mutants::sanitizers_are_silent($stem, &crate::common::mutants::prefix(module_path!()));
         }
     };
 }
