@@ -17,7 +17,7 @@ const ROWS_PER_BLOCK: usize = 32;
 const MOST_BLOCKS: usize = 1024;
 
 /// Warps for which `row_bytes` of shared memory each are at hand.
-fn warps(row_bytes: usize) -> Result<usize> {
+pub(super) fn warps(row_bytes: usize) -> Result<usize> {
     let warps = (SHARED_BYTES / row_bytes).min(WARPS);
     if warps == 0 {
         return Err(Error::usage("the model is too wide for the LayerNorm kernels")

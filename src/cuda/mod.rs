@@ -3,11 +3,13 @@
 //! One file per op, holding the launch geometry and the call. [`Driver`] is a GPU (cudarc, libraries loaded at run time) or
 //! the emulator, which runs the same kernels as host C++: same geometry, same argument lists. See `docs/kernels.md`.
 
+mod adamw;
 mod anchor;
 mod buffer;
 mod capture;
 pub mod cublas;
 mod driver;
+mod embed;
 #[cfg(emulator)]
 mod emulated;
 mod functions;
@@ -15,9 +17,13 @@ mod gene_attention;
 pub mod gpu;
 mod layernorm;
 mod linear;
+mod mask_tokens;
 mod normalize;
+mod pool;
 mod prototype_loss;
 mod reduce;
+mod rows;
+mod sort;
 mod structure;
 mod workspace;
 
