@@ -7,6 +7,7 @@ use crate::common::guarded::{input, poisoned};
 use cellrefine::ops::{adamw, reduce};
 
 on_every_backend!(A: follows_the_formula, rounding_copies_all_weights);
+on_emulated!(A: follows_the_formula, rounding_copies_all_weights);
 on_every_backend!(equals_torch);
 
 fn follows_the_formula<B: adamw::AdamW<A>, A: ActSample>(dev: &B) {

@@ -8,6 +8,7 @@ use cellrefine::device::{Act, Dropout};
 use cellrefine::ops::embed;
 
 on_every_backend!(A: forward, backward);
+on_emulated!(A: forward, backward);
 
 /// Inputs of an embedding call; genes repeat, so that the backward pass has rows to sum.
 struct EmbedCase<A> {

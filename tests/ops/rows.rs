@@ -7,6 +7,7 @@ use crate::common::guarded::{input, poisoned};
 use cellrefine::ops::rows;
 
 on_every_backend!(A: gather_and_scatter);
+on_emulated!(A: gather_and_scatter);
 
 fn gather_and_scatter<B: rows::Rows<A>, A: ActSample>(dev: &B) {
     for (total, width) in cases::rows_by_widths() {
