@@ -156,6 +156,7 @@ fn emulator_jobs(files: &[File], kernels: &Path, headers: u64, out: &Path) -> Re
         .flag_if_supported("-fstack-clash-protection") // a large frame must meet the guard page
         .flag_if_supported("-Wno-unknown-pragmas")
         .flag_if_supported("-Wno-unused-function")
+        .flag_if_supported("-Wno-maybe-uninitialized") // g++ 12 takes what a loop sets for unset
         .cargo_metadata(false)
         .try_get_compiler()
         .map_err(|e| format!("the emulator needs a C++17 compiler (g++ or clang++): {e}"))?;

@@ -72,7 +72,7 @@ pub fn run(jobs: Vec<Job>) -> Result<(), String> {
 
 fn print_warnings(source: &Path, stderr: &[u8]) {
     let text = String::from_utf8_lossy(stderr);
-    for line in text.lines().filter(|l| l.contains("warning")) {
+    for line in text.lines().filter(|l| l.contains("warning")).take(4) {
         println!("cargo::warning={}: {line}", source.display());
     }
 }

@@ -75,12 +75,16 @@ impl<A: Act> Linear<A> for Cuda {
                 gpu.products().forward(gpu, dims, [input.x, input.weight], input.bias, relu, y)
             }
             #[cfg(emulator)]
-            Driver::Emulated(_) => {
-                // SAFETY: emulated buffers, borrowed for the whole call; `y` mutably.
-                let (x, weight, bias, mut y) =
-                    unsafe { (view(input.x), view(input.weight), input.bias.map(|b| view(b)), view(y)) };
-                let input = In { x: &x, weight: &weight, bias: bias.as_ref(), activation: input.activation };
-                Cpu.linear_forward(dims, input, &mut y)
+            Driver::Emulated(emulated) => {
+                let (x, weight, bias) = (View::of(input.x), View::of(input.weight), input.bias.map(View::of));
+                let (activation, y) = (input.activation, View::of(y));
+                emulated.call(move || {
+                    // SAFETY: as in `input_product`; `y` mutably.
+                    let (x, weight, bias, mut y) =
+                        unsafe { (x.buf(), weight.buf(), bias.as_ref().map(|b| b.buf()), y.buf()) };
+                    let input = In { x: &x, weight: &weight, bias: bias.as_ref(), activation };
+                    Cpu.linear_forward(dims, input, &mut y)
+                })
             }
         }
     }
