@@ -4,6 +4,7 @@
 //! no call goes through a table. [`on_backend!`](crate::on_backend) is the one place where names become types.
 
 use crate::cpu::Cpu;
+use crate::cuda::Cuda;
 use crate::error::{Error, Result};
 
 /// What `--device` asks for.
@@ -55,6 +56,8 @@ impl std::str::FromStr for Choice {
 pub enum Open {
     /// The CPU.
     Cpu(Cpu),
+    /// A GPU, or the emulator of one.
+    Cuda(Cuda),
 }
 
 impl Choice {
@@ -65,17 +68,14 @@ impl Choice {
     pub fn open(self) -> Result<Open> {
         match self {
             Choice::Auto | Choice::Cpu => Ok(Open::Cpu(Cpu)),
-            Choice::Cuda(ordinal) => {
-                // What is missing comes first: the driver and the libraries say it better than a refusal.
-                crate::cuda::Cuda::open(ordinal)?;
-                Err(Error::environment("the CUDA backend does not hold every op of the network yet")
-                    .found(self)
-                    .next("--device cpu"))
-            }
-            Choice::Emulated => Err(Error::environment("this build has no backend for the device")
+            Choice::Cuda(ordinal) => Cuda::open(ordinal).map(Open::Cuda),
+            #[cfg(emulator)]
+            Choice::Emulated => Cuda::emulated().map(Open::Cuda),
+            #[cfg(not(emulator))]
+            Choice::Emulated => Err(Error::environment("this build has no emulator of CUDA kernels")
                 .found(self)
-                .wanted("auto or cpu")
-                .next("cellrefine doctor says what this build and machine can do")),
+                .wanted("Linux on x86-64 or aarch64")
+                .next("--device cpu")),
         }
     }
 }
@@ -84,21 +84,27 @@ impl Choice {
 /// `on_backend!(choice, precision, |dev: B, A| step::<B, A>(dev))`. The value is the expression's; opening may fail with `?`.
 #[macro_export]
 macro_rules! on_backend {
+    (@ $device:ty, $open:ident, $precision:expr, |$dev:ident: $backend:ident, $act:ident| $body:expr) => {{
+        type $backend = $device;
+        let $dev = &$open;
+        match $precision {
+            $crate::config::Precision::F32 => {
+                type $act = f32;
+                $body
+            }
+            $crate::config::Precision::Bf16 => {
+                type $act = half::bf16;
+                $body
+            }
+        }
+    }};
     ($choice:expr, $precision:expr, |$dev:ident: $backend:ident, $act:ident| $body:expr) => {
         match $choice.open()? {
-            $crate::backend::Open::Cpu(device) => {
-                type $backend = $crate::cpu::Cpu;
-                let $dev = &device;
-                match $precision {
-                    $crate::config::Precision::F32 => {
-                        type $act = f32;
-                        $body
-                    }
-                    $crate::config::Precision::Bf16 => {
-                        type $act = half::bf16;
-                        $body
-                    }
-                }
+            $crate::backend::Open::Cpu(open) => {
+                $crate::on_backend!(@ $crate::cpu::Cpu, open, $precision, |$dev: $backend, $act| $body)
+            }
+            $crate::backend::Open::Cuda(open) => {
+                $crate::on_backend!(@ $crate::cuda::Cuda, open, $precision, |$dev: $backend, $act| $body)
             }
         }
     };

@@ -8,7 +8,9 @@ use cellrefine::ops::{adamw, reduce};
 
 on_every_backend!(A: follows_the_formula, rounding_copies_all_weights);
 on_emulated!(A: follows_the_formula, rounding_copies_all_weights);
+mutants!("adamw");
 on_every_backend!(equals_torch);
+on_emulated!(equals_torch);
 
 fn follows_the_formula<B: adamw::AdamW<A>, A: ActSample>(dev: &B) {
     for len in [1usize, 17, 255, 40_000] {

@@ -9,6 +9,14 @@ use cellrefine::ops::embed;
 
 on_every_backend!(A: forward, backward);
 on_emulated!(A: forward, backward);
+mutants!("embed");
+
+/// The sort by key has no op of its own.
+#[cfg(emulator)]
+#[test]
+fn mutants_of_the_sort_are_caught() {
+    crate::common::mutants::each_is_caught("sort", "embed::");
+}
 
 /// Inputs of an embedding call; genes repeat, so that the backward pass has rows to sum.
 struct EmbedCase<A> {
@@ -20,9 +28,17 @@ struct EmbedCase<A> {
     tables: [Vec<A>; 6],
 }
 
-/// (N, D, value bins, dropout); more genes than a task's share in the last.
-const EMBED: &[(usize, usize, usize, bool)] =
-    &[(1, 1, 0, false), (7, 17, 3, false), (33, 100, 0, true), (130, 48, 5, true), (257, 16, 0, false)];
+/// (N, D, value bins, dropout); more genes than a task's share in the fifth, more tokens than a block sorts and more keys than a
+/// digit holds in the last, where the first genes stand in many chunks; columns beyond a block's in the one before.
+const EMBED: &[(usize, usize, usize, bool)] = &[
+    (1, 1, 0, false),
+    (7, 17, 3, false),
+    (33, 100, 0, true),
+    (130, 48, 5, true),
+    (257, 16, 0, false),
+    (70, 264, 2, true),
+    (2100, 8, 300, true),
+];
 
 fn embed_case<A: Act>((tokens, width, value_bins, dropped): (usize, usize, usize, bool)) -> EmbedCase<A> {
     let dims = embed::Dims { tokens, width, vocab: 71, positions: 40, value_bins, eps: 0.1 };

@@ -8,6 +8,7 @@ use cellrefine::rng;
 
 on_every_backend!(follows_its_rules);
 on_emulated!(follows_its_rules);
+mutants!("mask_tokens");
 
 /// Bits against the rules of `ops::mask_tokens`, written out once more; and the shares of a large draw.
 fn follows_its_rules<B: mask_tokens::MaskTokens>(dev: &B) {

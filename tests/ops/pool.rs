@@ -8,6 +8,7 @@ use cellrefine::ops::pool;
 
 on_every_backend!(A: forward_and_backward);
 on_emulated!(A: forward_and_backward);
+mutants!("pool");
 
 fn forward_and_backward<B: pool::Pool<A>, A: ActSample>(dev: &B) {
     // Cells of one token, of special tokens alone, longer than a block of the sum.

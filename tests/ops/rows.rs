@@ -8,6 +8,7 @@ use cellrefine::ops::rows;
 
 on_every_backend!(A: gather_and_scatter);
 on_emulated!(A: gather_and_scatter);
+mutants!("rows");
 
 fn gather_and_scatter<B: rows::Rows<A>, A: ActSample>(dev: &B) {
     for (total, width) in cases::rows_by_widths() {
