@@ -37,7 +37,7 @@ struct Problem {
   const float *target_mass, *mix;                       // (R, entries), (P, P), or null
   const float *teacher_z, *teacher_column, *teacher_lse;  // (R, D), (P, D), (R), or null
   const int *row_label, *column_label;                  // (R), (P), or null
-  const float *same_bias, *share;                       // (P) or null, (R): 1 / positives, or 0
+  const float *same_bias, *share;                       // (P) or null, (R): 1 / positives, 0 = none; null: the caller counts
   const float* lse;                                     // (R), or null while it is being found
   SoftmaxCall call;
 };
@@ -61,8 +61,8 @@ DEVICE Row load_row(const Problem& p, int i) {
   row.weight = p.row_weight ? p.row_weight[i] : 1.0f;
   if (p.row_label) {
     row.label = p.row_label[i];
-    row.share = p.share[i];
-    if (row.share == 0.0f) row.weight = 0.0f;
+    if (p.share) row.share = p.share[i];
+    if (p.share && row.share == 0.0f) row.weight = 0.0f;
   } else if (p.call.entries >= 0) {
     const int* entry = p.target_column + (size_t)i * p.call.entries;
     bool any = false;

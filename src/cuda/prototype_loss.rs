@@ -3,7 +3,8 @@
 
 use super::functions::{
     SoftmaxCall, prototype_loss_columns, prototype_loss_columns_wide, prototype_loss_lse_total,
-    prototype_loss_positives, prototype_loss_rows, prototype_loss_rows_total, prototype_loss_rows_wide, reduce_columns,
+    prototype_loss_positives, prototype_loss_rows, prototype_loss_rows_total, prototype_loss_rows_wide,
+    prototype_loss_small, reduce_columns,
 };
 use super::{Buf, Cuda, Grid};
 use crate::device::Act;
@@ -17,6 +18,21 @@ const WIDE: usize = 1152;
 /// many, but a split has at least [`LEAST_TILES`] tiles, so that its partial sums stay a small share of its work.
 const BLOCKS: usize = 264;
 const LEAST_TILES: usize = 2;
+
+/// The one-launch kernel: MOST_COLUMNS of `kernels/prototype_loss_small.cu`; shared memory that sm_80 has for a block; products
+/// (R·P·D) above which tiles in registers win over the launches saved.
+const SMALL_COLUMNS: usize = 128;
+const SMALL_SHARED_BYTES: usize = 160 << 10;
+const SMALL_PRODUCTS: usize = 1 << 25;
+
+/// Shared memory of the one-launch kernel, where it is the one to take.
+fn small(dims: Dims) -> Option<usize> {
+    let Dims { rows, columns, width, .. } = dims;
+    let padded = width.next_multiple_of(4);
+    let bytes = 4 * (columns * (padded + 4) + 8 * (padded + SMALL_COLUMNS));
+    let fits = columns <= SMALL_COLUMNS && bytes <= SMALL_SHARED_BYTES;
+    (fits && rows * columns * width <= SMALL_PRODUCTS).then_some(bytes)
+}
 
 /// What a block keeps and what it walks over, in rows of the one operand and of the other.
 struct Tiling {
@@ -163,6 +179,37 @@ impl<'a, A: Act> Operands<'a, A> {
         Ok(Some(share))
     }
 
+    /// The whole first pass, for few columns.
+    fn in_one_launch(&self, cuda: &Cuda, shared_bytes: usize, out: Out<'_, Cuda, A>) -> Result<()> {
+        let Operands { z, column, scale, bias, margin, row_weight, call, .. } = *self;
+        let Operands { target_column, target_mass, mix, teacher, label, same_bias, .. } = *self;
+        let ([teacher_z, teacher_column, teacher_lse], [row_label, column_label]) = (teacher, label);
+        prototype_loss_small(
+            cuda,
+            Grid::line((call.rows as usize).div_ceil(8).min(BLOCKS), 256).shared(shared_bytes),
+            z,
+            column,
+            scale,
+            bias,
+            margin,
+            row_weight,
+            target_column,
+            target_mass,
+            mix,
+            teacher_z,
+            teacher_column,
+            teacher_lse,
+            row_label,
+            column_label,
+            same_bias,
+            out.loss,
+            out.lse,
+            out.dz,
+            i32::from(out.accumulate_dz),
+            call,
+        )
+    }
+
     /// Statistics and, with `o`, weighted columns of every row and split.
     fn stream_columns(
         &self,
@@ -222,6 +269,9 @@ impl<A: Act> PrototypeLoss<A> for Cuda {
             return Ok(());
         }
         let operands = Operands::new(dims, &input);
+        if let Some(shared_bytes) = small(dims) {
+            return operands.in_one_launch(self, shared_bytes, out);
+        }
         let tiling = Tiling::new::<A>(rows, columns, width)?;
         let splits = tiling.splits;
         let mut workspace = self.workspace();
@@ -231,14 +281,7 @@ impl<A: Act> PrototypeLoss<A> for Cuda {
         let online = !operands.dense();
         if !online {
             operands.stream_columns(self, &tiling, share, None, &mut stats, None)?;
-            prototype_loss_lse_total(
-                self,
-                warp_per_row(rows),
-                &stats,
-                out.lse,
-                rows as i32,
-                splits as i32,
-            )?;
+            prototype_loss_lse_total(self, warp_per_row(rows), &stats, out.lse, rows as i32, splits as i32)?;
         }
         let lse = (!online).then_some(&*out.lse);
         operands.stream_columns(self, &tiling, share, lse, &mut stats, Some(&mut o))?;
@@ -321,7 +364,11 @@ impl<A: Act> PrototypeLoss<A> for Cuda {
             slots as i32,
             call,
         )?;
-        let add_up = |partial: &Buf<f32>, first: &mut Buf<f32>, second: Option<&mut Buf<f32>>, len: usize, split: usize| {
+        let add_up = |partial: &Buf<f32>,
+                      first: &mut Buf<f32>,
+                      second: Option<&mut Buf<f32>>,
+                      len: usize,
+                      split: usize| {
             let grid = Grid::line(len.div_ceil(32), 256);
             reduce_columns(self, grid, partial, first, second, splits as i32, len as i32, split as i32)
         };
@@ -350,14 +397,8 @@ impl<A: Act> PrototypeLoss<A> for Cuda {
         let tiling = Tiling::new::<A>(rows, columns, width)?;
         let mut workspace = self.workspace();
         let mut stats = workspace.one::<f32>(tiling.splits * rows * 4)?;
-        Operands::plain(dims, z, column, scale).stream_columns(self, &tiling, None, None, &mut stats, None)?;
-        prototype_loss_lse_total(
-            self,
-            warp_per_row(rows),
-            &stats,
-            lse,
-            rows as i32,
-            tiling.splits as i32,
-        )
+        Operands::plain(dims, z, column, scale)
+            .stream_columns(self, &tiling, None, None, &mut stats, None)?;
+        prototype_loss_lse_total(self, warp_per_row(rows), &stats, lse, rows as i32, tiling.splits as i32)
     }
 }

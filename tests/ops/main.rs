@@ -81,6 +81,7 @@ mod layernorm;
 mod linear;
 mod mask_tokens;
 mod pool;
+mod prototype_loss;
 mod reduce;
 mod rows;
 mod unit_rows;

@@ -160,7 +160,9 @@ fn structure_by_its_definition_and_by_differences<B: structure::Structure>(dev: 
     }
 }
 
-fn same_bits_for_any_number_of_threads<B: normalize::Normalize + anchor::Anchor + structure::Structure>(dev: &B) {
+fn same_bits_for_any_number_of_threads<B: normalize::Normalize + anchor::Anchor + structure::Structure>(
+    dev: &B,
+) {
     let (rows, width) = (300, 70);
     let (h, z0) = (normal::<f32>(1, rows * width, 1.0), normal::<f32>(2, rows * width, 0.1));
     let jaccard = normal::<f32>(3, rows * rows, 0.1);
@@ -179,4 +181,19 @@ fn same_bits_for_any_number_of_threads<B: normalize::Normalize + anchor::Anchor 
     });
     assert_same_bits("2 threads", &results[1], &results[0]);
     assert_same_bits("3 threads", &results[2], &results[0]);
+}
+
+/// Each fault of the kernel files fails a test of this module.
+#[cfg(emulator)]
+mod mutants {
+    use crate::common::mutants::each_is_caught;
+
+    #[test]
+    fn of_normalize_are_caught() {
+        each_is_caught("normalize", "unit_rows::");
+    }
+    #[test]
+    fn of_structure_are_caught() {
+        each_is_caught("structure", "unit_rows::");
+    }
 }
