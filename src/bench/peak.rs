@@ -4,6 +4,7 @@
 //! memory, so the result is what the arithmetic units can do at the clock they run at today.
 
 use crate::cpu::Cpu;
+use crate::cuda::Cuda;
 use crate::device::Device;
 use rayon::prelude::*;
 use std::hint::black_box;
@@ -56,6 +57,16 @@ impl Ceiling for Cpu {
     }
     fn copy_gb_per_s(&self) -> Option<f64> {
         Some(copy_gb_per_s())
+    }
+}
+
+/// None: the emulator's speed means nothing, and no loop measures a GPU's ceilings yet.
+impl Ceiling for Cuda {
+    fn peak(&self, _bf16: bool) -> Option<Peak> {
+        None
+    }
+    fn copy_gb_per_s(&self) -> Option<f64> {
+        None
     }
 }
 
