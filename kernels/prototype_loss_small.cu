@@ -6,7 +6,7 @@
 //
 //   block    columns (P, D + 4) as f32, once; then its 8 warps take rows in turn, without barriers
 //   warp     z_i in shared memory;  s: a lane owns columns l, l + 32, ..., 4 at a time;  lse by two warp reductions;
-//            w = (p̂ - t) scale in shared memory;  dz: a lane owns columns 4l.. of every 128, O += w_k p_k
+//            w = (p̂ - t) scale in shared memory;  dz: a lane owns a pack of 8 of every 256, O += w_k p_k
 //
 // The 4 spare floats a row put the 8 rows of a quarter warp's 16-byte loads into different banks. All in f32 for both activation
 // types: no weight is rounded.
@@ -43,12 +43,13 @@ extern "C" __global__ void __launch_bounds__(256) prototype_loss_small(
                teacher_z, teacher_column, teacher_lse, row_label, column_label, same_bias,  nullptr,       nullptr,     call};
   DYNAMIC_SHARED(float, shared);
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, width = call.width, columns = call.columns;
-  int padded = ceil_div(width, 4) * 4, stride = padded + 4;
+  int padded = ceil_div(width, PACK) * PACK, stride = padded + 4;
+  bool whole = width % PACK == 0;
   float* own = shared + (size_t)columns * stride + warp * (padded + MOST_COLUMNS);  // z_i
   float* weight = own + padded;                                                    // (P)
   for (int k = warp; k < columns; k += 8)
-    for (int c = lane; c < padded; c += 32)
-      shared[k * stride + c] = c < width ? to_float(column[(size_t)k * width + c]) : 0.0f;
+    for (int c = lane * PACK; c < width; c += 32 * PACK)
+      store_pack(shared + k * stride + c, load_pack(column + (size_t)k * width + c, min(PACK, width - c), whole));
   __syncthreads();
 
   for (int i = blockIdx.x * 8 + warp; i < call.rows; i += gridDim.x * 8) {
@@ -65,10 +66,12 @@ extern "C" __global__ void __launch_bounds__(256) prototype_loss_small(
     act_t* to = dz + (size_t)i * width;
     if (row.weight == 0.0f) {
       if (lane == 0) loss[i] = lse[i] = 0.0f;
-      for (int c = lane; c < width && !accumulate; c += 32) to[c] = from_float<act_t>(0.0f);
+      for (int c = lane * PACK; c < width && !accumulate; c += 32 * PACK)
+        store_pack(to + c, Pack{}, min(PACK, width - c), whole);
       continue;
     }
-    for (int c = lane; c < padded; c += 32) own[c] = c < width ? to_float(z[(size_t)i * width + c]) : 0.0f;
+    for (int c = lane * PACK; c < width; c += 32 * PACK)
+      store_pack(own + c, load_pack(z + (size_t)i * width + c, min(PACK, width - c), whole));
     __syncwarp();
 
     float dot[4] = {}, s[4], max = EXCLUDED, sum = 0.0f, wanted = 0.0f;
@@ -112,16 +115,18 @@ extern "C" __global__ void __launch_bounds__(256) prototype_loss_small(
     __syncwarp();
 
     float factor = row.weight * call.gradient_scale;
-    for (int c = lane * 4; c < width; c += 128) {
-      float o[4] = {};
+    for (int c = lane * PACK; c < width; c += 32 * PACK) {
+      int count = min(PACK, width - c);
+      Pack o = {};
       for (int k = 0; k < columns; k++) {
-        float4 b = load16<float4>(shared + k * stride + c);
-        o[0] += weight[k] * b.x, o[1] += weight[k] * b.y, o[2] += weight[k] * b.z, o[3] += weight[k] * b.w;
-      }
+        Pack value = load_pack(shared + k * stride + c);
 #pragma unroll
-      for (int q = 0; q < 4; q++)
-        if (c + q < width)
-          to[c + q] = from_float<act_t>((accumulate ? to_float(to[c + q]) : 0.0f) + factor * o[q]);
+        for (int q = 0; q < PACK; q++) o.v[q] += weight[k] * value.v[q];
+      }
+      Pack before = accumulate ? load_pack(to + c, count, whole) : Pack{};
+#pragma unroll
+      for (int q = 0; q < PACK; q++) o.v[q] = before.v[q] + factor * o.v[q];
+      store_pack(to + c, o, count, whole);
     }
     // The next row's z is not read here any more, and its weights come behind warp_max.
   }

@@ -28,7 +28,7 @@ const SMALL_PRODUCTS: usize = 1 << 25;
 /// Shared memory of the one-launch kernel, where it is the one to take.
 fn small(dims: Dims) -> Option<usize> {
     let Dims { rows, columns, width, .. } = dims;
-    let padded = width.next_multiple_of(4);
+    let padded = width.next_multiple_of(8);
     let bytes = 4 * (columns * (padded + 4) + 8 * (padded + SMALL_COLUMNS));
     let fits = columns <= SMALL_COLUMNS && bytes <= SMALL_SHARED_BYTES;
     (fits && rows * columns * width <= SMALL_PRODUCTS).then_some(bytes)
