@@ -146,6 +146,7 @@ DEVICE void start_rows(const Problem& p, const int (&index)[RES], RowState<RES>&
 template <int LANES, int RES, int STR>
 DEVICE void online(const Problem& p, const int (&column)[STR], float (&x)[RES][STR], RowState<RES>& state,
                    float (&shrink)[RES]) {
+  bool named = p.call.entries > 0 && !p.mix && !p.teacher_z;  // others are met when lse is known
   float top[RES];
 #pragma unroll
   for (int r = 0; r < RES; r++) top[r] = state.max[r];
@@ -155,7 +156,7 @@ DEVICE void online(const Problem& p, const int (&column)[STR], float (&x)[RES][S
 #pragma unroll
     for (int r = 0; r < RES; r++) {
       float dot = x[r][j], s = logit(p, state.row[r], c, dot);
-      if (c.index < p.call.columns && p.call.entries > 0)
+      if (named && c.index < p.call.columns && state.row[r].weight != 0.0f)
         state.target[r] += target_term(p, c, target(p, state.row[r], c, 0.0f), s, dot);
       x[r][j] = s;
       top[r] = fmaxf(top[r], s);
