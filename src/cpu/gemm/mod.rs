@@ -2,9 +2,11 @@
 //!
 //! ```text
 //! rows_by_panels:   out = epilogue(A · B)      A (m, k) row-major as it lies, B packed once per call
-//! columns_by_rows:  C  += Aᵀ · B               A (n, o), B (n, i); both packed chunk by chunk as they stream by
+//! columns_by_rows:  C  += Aᵀ · B               A (n, o), B (n, i); both as they lie, in chunks of n
 //! ```
-//! B is packed into panels of 48 columns so that the inner loop reads it in order; an 8 × 48 tile of the result lives in 24
+//! A row of A and of B is a step of the second product, so it needs no packing where rows are f32 and whole vectors: the inner
+//! loop asks for lines some steps ahead, and for the next chunk meanwhile. For the first, B is packed into panels of 48 columns
+//! so that the inner loop reads it in order. An 8 × 48 tile of the result lives in 24
 //! vector registers for the whole of k ([`tile`]). A finished tile goes to the first-level cache, where the epilogue (bias,
 //! ReLU, mask, accumulate, rounding) picks it up: no further pass over the output, and the epilogue is plain Rust.
 //!
@@ -362,6 +364,22 @@ mod tests {
     #[test]
     fn every_instruction_set_agrees_with_f64_in_bf16() {
         agree::<bf16>();
+    }
+
+    #[test]
+    fn any_number_of_threads_makes_the_same_bits() {
+        let [n, o, i] = [600, 200, 320];
+        let (a, b) = (normal::<f32>(5, n * o), normal::<f32>(6, n * i));
+        let with = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
+            let (mut c, mut sum) = (vec![1.0; o * i], vec![2.0; o]);
+            pool.install(|| columns_by_rows(Isa::best(), [n, o, i], &a, &b, &mut c, Some(&mut sum)));
+            c.into_iter().chain(sum).map(f32::to_bits).collect::<Vec<_>>()
+        };
+        let one = with(1);
+        for threads in [2, 3, 7, 16] {
+            assert!(with(threads) == one, "{threads} threads");
+        }
     }
 
     #[test]

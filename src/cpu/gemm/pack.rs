@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! panels:  for each 48 columns: for each step of k: 48 words (fewer, in whole vectors of 16, in the last panel)
-//! columns: for each 8 columns of A: for each row of the chunk: 8 floats
+//! rows:    a chunk's columns row by row, widened and filled up to whole vectors; only where they do not lie so already
 //! ```
 
 use super::Layout;
