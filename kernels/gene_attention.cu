@@ -115,32 +115,32 @@ DEVICE void forward(const act_t* qkv, const Batch& batch, act_t* o, float* lse) 
 }
 
 extern "C" __global__ void __launch_bounds__(128) gene_attention_forward_32(
-    const act_t* qkv,                // (N, 3·D)
-    const unsigned* cell_start,      // (C + 1)
-    const unsigned* OPTIONAL order,  // (N), marker-sparse: gene_attention_order
-    const unsigned* OPTIONAL globals,    // (C), with order
-    act_t* o,                        // (N, D)
-    float* lse,                      // (N, H)
+    const act_t* qkv,                  // (N, 3·D)
+    const unsigned* cell_start,        // (C + 1)
+    const unsigned* OPTIONAL order,    // (N), marker-sparse: gene_attention_order
+    const unsigned* OPTIONAL globals,  // (C), with order
+    act_t* o,                          // (N, D)
+    float* lse,                        // (N, H)
     AttentionShape shape, Dropout dropout) {
   forward<32>(qkv, Batch{cell_start, order, globals, shape, dropout}, o, lse);
 }
 extern "C" __global__ void __launch_bounds__(128) gene_attention_forward_64(
-    const act_t* qkv,                // (N, 3·D)
-    const unsigned* cell_start,      // (C + 1)
-    const unsigned* OPTIONAL order,  // (N)
-    const unsigned* OPTIONAL globals,    // (C)
-    act_t* o,                        // (N, D)
-    float* lse,                      // (N, H)
+    const act_t* qkv,                  // (N, 3·D)
+    const unsigned* cell_start,        // (C + 1)
+    const unsigned* OPTIONAL order,    // (N)
+    const unsigned* OPTIONAL globals,  // (C)
+    act_t* o,                          // (N, D)
+    float* lse,                        // (N, H)
     AttentionShape shape, Dropout dropout) {
   forward<64>(qkv, Batch{cell_start, order, globals, shape, dropout}, o, lse);
 }
 extern "C" __global__ void __launch_bounds__(128) gene_attention_forward_128(
-    const act_t* qkv,                // (N, 3·D)
-    const unsigned* cell_start,      // (C + 1)
-    const unsigned* OPTIONAL order,  // (N)
-    const unsigned* OPTIONAL globals,    // (C)
-    act_t* o,                        // (N, D)
-    float* lse,                      // (N, H)
+    const act_t* qkv,                  // (N, 3·D)
+    const unsigned* cell_start,        // (C + 1)
+    const unsigned* OPTIONAL order,    // (N)
+    const unsigned* OPTIONAL globals,  // (C)
+    act_t* o,                          // (N, D)
+    float* lse,                        // (N, H)
     AttentionShape shape, Dropout dropout) {
   forward<128>(qkv, Batch{cell_start, order, globals, shape, dropout}, o, lse);
 }

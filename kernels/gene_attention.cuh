@@ -34,8 +34,8 @@ struct KERNEL_ARGUMENT AttentionShape {
 // What all kernels of a call read, apart from activations.
 struct Batch {
   const unsigned* cell_start;
-  const unsigned* order;  // null: dense
-  const unsigned* globals;// with `order`
+  const unsigned* order;    // null: dense
+  const unsigned* globals;  // with `order`
   AttentionShape shape;
   Dropout dropout;
   __device__ __forceinline__ int token(int position) const { return order ? (int)order[position] : position; }
@@ -70,7 +70,8 @@ struct Walk {
   Visit visit;
 
   __device__ __forceinline__ Walk(const Batch& batch, int first, int end)
-      : batch(batch), first(first), end(end), cell(cell_of(batch, first) - 1), next_tile(0), front(0), middle(0), last(0) {}
+      : batch(batch), first(first), end(end), cell(cell_of(batch, first) - 1), next_tile(0), front(0), middle(0), last(0),
+        visit{} {}
 
   // Sets `visit`; false when there is no tile left.
   __device__ __forceinline__ bool next() {

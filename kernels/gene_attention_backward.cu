@@ -199,77 +199,77 @@ DEVICE void dkv_tile(const act_t* qkv, const act_t* d_o, const float* lse, const
 }
 
 extern "C" __global__ void __launch_bounds__(128) gene_attention_dq_32(
-    const act_t* qkv,                // (N, 3·D)
-    const act_t* d_o,                // (N, D)
-    const act_t* o,                  // (N, D)
-    const float* lse,                // (N, H)
-    const unsigned* cell_start,      // (C + 1)
-    const unsigned* OPTIONAL order,  // (N), marker-sparse: gene_attention_order
-    const unsigned* OPTIONAL globals,    // (C), with order
-    act_t* dqkv,                     // (N, 3·D); sets the first third
-    float* delta,                    // (N, H)
+    const act_t* qkv,                  // (N, 3·D)
+    const act_t* d_o,                  // (N, D)
+    const act_t* o,                    // (N, D)
+    const float* lse,                  // (N, H)
+    const unsigned* cell_start,        // (C + 1)
+    const unsigned* OPTIONAL order,    // (N), marker-sparse: gene_attention_order
+    const unsigned* OPTIONAL globals,  // (C), with order
+    act_t* dqkv,                       // (N, 3·D); sets the first third
+    float* delta,                      // (N, H)
     AttentionShape shape, Dropout dropout) {
   dq_tile<32>(qkv, d_o, o, lse, Batch{cell_start, order, globals, shape, dropout}, dqkv, delta);
 }
 extern "C" __global__ void __launch_bounds__(128) gene_attention_dq_64(
-    const act_t* qkv,                // (N, 3·D)
-    const act_t* d_o,                // (N, D)
-    const act_t* o,                  // (N, D)
-    const float* lse,                // (N, H)
-    const unsigned* cell_start,      // (C + 1)
-    const unsigned* OPTIONAL order,  // (N), marker-sparse: gene_attention_order
-    const unsigned* OPTIONAL globals,    // (C), with order
-    act_t* dqkv,                     // (N, 3·D); sets the first third
-    float* delta,                    // (N, H)
+    const act_t* qkv,                  // (N, 3·D)
+    const act_t* d_o,                  // (N, D)
+    const act_t* o,                    // (N, D)
+    const float* lse,                  // (N, H)
+    const unsigned* cell_start,        // (C + 1)
+    const unsigned* OPTIONAL order,    // (N), marker-sparse: gene_attention_order
+    const unsigned* OPTIONAL globals,  // (C), with order
+    act_t* dqkv,                       // (N, 3·D); sets the first third
+    float* delta,                      // (N, H)
     AttentionShape shape, Dropout dropout) {
   dq_tile<64>(qkv, d_o, o, lse, Batch{cell_start, order, globals, shape, dropout}, dqkv, delta);
 }
 extern "C" __global__ void __launch_bounds__(128) gene_attention_dq_128(
-    const act_t* qkv,                // (N, 3·D)
-    const act_t* d_o,                // (N, D)
-    const act_t* o,                  // (N, D)
-    const float* lse,                // (N, H)
-    const unsigned* cell_start,      // (C + 1)
-    const unsigned* OPTIONAL order,  // (N), marker-sparse: gene_attention_order
-    const unsigned* OPTIONAL globals,    // (C), with order
-    act_t* dqkv,                     // (N, 3·D); sets the first third
-    float* delta,                    // (N, H)
+    const act_t* qkv,                  // (N, 3·D)
+    const act_t* d_o,                  // (N, D)
+    const act_t* o,                    // (N, D)
+    const float* lse,                  // (N, H)
+    const unsigned* cell_start,        // (C + 1)
+    const unsigned* OPTIONAL order,    // (N), marker-sparse: gene_attention_order
+    const unsigned* OPTIONAL globals,  // (C), with order
+    act_t* dqkv,                       // (N, 3·D); sets the first third
+    float* delta,                      // (N, H)
     AttentionShape shape, Dropout dropout) {
   dq_tile<128>(qkv, d_o, o, lse, Batch{cell_start, order, globals, shape, dropout}, dqkv, delta);
 }
 extern "C" __global__ void __launch_bounds__(128) gene_attention_dkv_32(
-    const act_t* qkv,                // (N, 3·D)
-    const act_t* d_o,                // (N, D)
-    const float* lse,                // (N, H)
-    const float* delta,              // (N, H)
-    const unsigned* cell_start,      // (C + 1)
-    const unsigned* OPTIONAL order,  // (N)
-    const unsigned* OPTIONAL globals,    // (C)
-    act_t* dqkv,                     // (N, 3·D); sets the second and the last third
+    const act_t* qkv,                  // (N, 3·D)
+    const act_t* d_o,                  // (N, D)
+    const float* lse,                  // (N, H)
+    const float* delta,                // (N, H)
+    const unsigned* cell_start,        // (C + 1)
+    const unsigned* OPTIONAL order,    // (N)
+    const unsigned* OPTIONAL globals,  // (C)
+    act_t* dqkv,                       // (N, 3·D); sets the second and the last third
     AttentionShape shape, Dropout dropout) {
   dkv_tile<32>(qkv, d_o, lse, delta, Batch{cell_start, order, globals, shape, dropout}, dqkv);
 }
 extern "C" __global__ void __launch_bounds__(128) gene_attention_dkv_64(
-    const act_t* qkv,                // (N, 3·D)
-    const act_t* d_o,                // (N, D)
-    const float* lse,                // (N, H)
-    const float* delta,              // (N, H)
-    const unsigned* cell_start,      // (C + 1)
-    const unsigned* OPTIONAL order,  // (N)
-    const unsigned* OPTIONAL globals,    // (C)
-    act_t* dqkv,                     // (N, 3·D); sets the second and the last third
+    const act_t* qkv,                  // (N, 3·D)
+    const act_t* d_o,                  // (N, D)
+    const float* lse,                  // (N, H)
+    const float* delta,                // (N, H)
+    const unsigned* cell_start,        // (C + 1)
+    const unsigned* OPTIONAL order,    // (N)
+    const unsigned* OPTIONAL globals,  // (C)
+    act_t* dqkv,                       // (N, 3·D); sets the second and the last third
     AttentionShape shape, Dropout dropout) {
   dkv_tile<64>(qkv, d_o, lse, delta, Batch{cell_start, order, globals, shape, dropout}, dqkv);
 }
 extern "C" __global__ void __launch_bounds__(128) gene_attention_dkv_128(
-    const act_t* qkv,                // (N, 3·D)
-    const act_t* d_o,                // (N, D)
-    const float* lse,                // (N, H)
-    const float* delta,              // (N, H)
-    const unsigned* cell_start,      // (C + 1)
-    const unsigned* OPTIONAL order,  // (N)
-    const unsigned* OPTIONAL globals,    // (C)
-    act_t* dqkv,                     // (N, 3·D); sets the second and the last third
+    const act_t* qkv,                  // (N, 3·D)
+    const act_t* d_o,                  // (N, D)
+    const float* lse,                  // (N, H)
+    const float* delta,                // (N, H)
+    const unsigned* cell_start,        // (C + 1)
+    const unsigned* OPTIONAL order,    // (N)
+    const unsigned* OPTIONAL globals,  // (C)
+    act_t* dqkv,                       // (N, 3·D); sets the second and the last third
     AttentionShape shape, Dropout dropout) {
   dkv_tile<128>(qkv, d_o, lse, delta, Batch{cell_start, order, globals, shape, dropout}, dqkv);
 }

@@ -34,8 +34,8 @@ fn check<B: GeneAttention<A>, A: ActSample>(dev: &B, case: &Case) -> Results<A> 
         let bound = rounding_bound::<A>(&want.o, 1e-5 + f32_sums);
         assert_close(&format!("o: {name}"), &got.o, &want.o, bound + 2.0 * p_error, 0.0);
         assert_close(&format!("lse: {name}"), &got.lse, &want.lse, 2e-5 + f32_sums, 2e-6);
-        // o enters delta with its own rounding: |do| · |Δo| of a row reaches dS, and from there dq and dk.
-        let delta_error = 2.0 * bound * (*head_width as f64).sqrt();
+        // o enters delta with its own rounding: |do| · |Δo| of a row reaches dS, and from there, times k or q, dq and dk.
+        let delta_error = 2.0 * bound * (*head_width as f64).sqrt() * case.scale;
         let bound = rounding_bound::<A>(&want.dqkv, 1e-4 + 3.0 * f32_sums) + delta_error;
         assert_close(&format!("dqkv: {name}"), &got.dqkv, &want.dqkv, bound, 0.0);
     }
