@@ -83,7 +83,7 @@ struct Walk {
       enter();
     }
     visit.tile = next_tile * T;
-    next_tile = next_tile + 1 == front ? max(front, middle) : next_tile + 1;
+    next_tile = next_tile + 1 == front ? middle : next_tile + 1;
     return true;
   }
 

@@ -170,3 +170,40 @@ fn a_head_width_without_a_kernel_is_an_error() {
         .unwrap_err();
     assert!(e.to_string().contains("16") && e.to_string().contains("128"), "{e}");
 }
+
+/// Few and small calls that reach every part of the kernels: what the mutants run against.
+#[cfg(emulator)]
+mod faults {
+    use super::*;
+
+    fn every_part<B: GeneAttention<A>, A: ActSample>(dev: &B) {
+        // A cell that ends at a warp's last row but one, one of a single token, two that span tiles.
+        check(dev, &Case::dense(&[15, 1, 66, 50], 2, 64).dropout(0.3));
+        check(dev, &Case::dense(&[40], 1, 128));
+        sparse(dev);
+        // No global token, and windows that end on the last and the first key of a tile.
+        let mut narrow = Case::dense(&[130], 1, 32).sparse(1, 1);
+        narrow.flags = Some(vec![0; 130]);
+        check(dev, &narrow);
+    }
+    /// A cell that takes `gene_attention_order` two rounds.
+    fn sparse<B: GeneAttention<A>, A: ActSample>(dev: &B) {
+        check(dev, &Case::dense(&[300, 17], 1, 32).sparse(20, 12).dropout(0.2));
+    }
+
+    mod forward {
+        use super::every_part;
+        on_emulated!(A: every_part);
+        mutants!("gene_attention");
+    }
+    mod backward {
+        use super::every_part;
+        on_emulated!(A: every_part);
+        mutants!("gene_attention_backward");
+    }
+    mod order {
+        use super::sparse;
+        on_emulated!(A: sparse);
+        mutants!("gene_attention_order");
+    }
+}
