@@ -96,7 +96,7 @@ class Lab:
 
 
 def prepare(lab, name):
-    """Vocabulary and corpus of a data set; the curated marker file. -> (corpus, label flags, curated, map)"""
+    """Vocabulary and corpus of a data set; the curated marker file. -> (source, corpus, vocabulary, curated sets, label map)"""
     spec = DATASETS[name]
     vocab, corpus = lab.path("v1.tsv"), lab.path(name + ".cells")
     geneformer = os.path.join(lab.a.data, "geneformer")
@@ -118,8 +118,18 @@ def prepare(lab, name):
     with open(mapping, "w") as f:
         f.write("label\tset\n")
         f.writelines(f"{label}\t{line.split(chr(9))[0]}\n" for label, line in sets.items())
-    label = ["--label", "cell_type"] + [x for e in spec["exclude"] for x in ("--exclude-label", e)]
-    return source, corpus, vocab, label, curated, mapping
+    return source, corpus, vocab, curated, mapping
+
+
+def absent_types(source, split):
+    """Types that only the held-out value of --holdout has: nothing to learn them from, so they are left out for every method."""
+    if "--holdout" not in split:
+        return []
+    import anndata
+    column, value = split[split.index("--holdout") + 1].split("=")
+    obs = anndata.read_h5ad(source, backed="r").obs
+    kept = set(obs.cell_type[obs[column].astype(str) != value])
+    return sorted(set(obs.cell_type.dropna()) - kept)
 
 
 class Stages:
@@ -127,9 +137,9 @@ class Stages:
 
     def __init__(self, lab, tag, name, split, seed):
         self.lab, self.tag, self.name, self.split, self.seed = lab, tag, name, split, seed
-        # A type that no training donor has gets no derived set.
-        self.lenient = ["--allow-unmatched"] if "--holdout" in split else []
-        self.source, self.corpus, self.vocab, self.label, self.curated, self.map = prepare(lab, name)
+        self.source, self.corpus, self.vocab, self.curated, self.map = prepare(lab, name)
+        self.left_out = DATASETS[name]["exclude"] + absent_types(self.source, split)
+        self.label = ["--label", "cell_type"] + [x for e in self.left_out for x in ("--exclude-label", e)]
         self.common = ["--corpus", self.corpus, "--seed", seed, *setting(f"batch.max_tokens={CONTEXT}")]
         self.derived = lab.path(f"{tag}-derived.gmt")
         lab.run(f"{tag}/markers", ["markers", "derive", "--corpus", self.corpus, *self.label, *split, "--seed", seed, "--out", self.derived])
@@ -149,7 +159,7 @@ class Stages:
     def refine(self, arm, start, *flags, markers=None, labels=True):
         # Without --label no cell's label is read; the split is the one that pretraining recorded.
         part = [*self.label, *self.split] if labels else []
-        return self.stage("refine", arm, *part, "--checkpoint", self.out(start), *(markers or ["--markers", self.derived]), *self.lenient,
+        return self.stage("refine", arm, *part, "--checkpoint", self.out(start), *(markers or ["--markers", self.derived]),
                           *setting(f"train.epochs={REFINE_EPOCHS}", f"objective.mlm={MLM}"), *flags)
 
     def finetune(self, arm, start, epochs, rate, *flags):
@@ -160,12 +170,12 @@ class Stages:
         batch = DATASETS[self.name]["batch"]
         return self.lab.run(f"{self.tag}/eval-{kept or arm}", [
             "eval", "--corpus", self.corpus, "--checkpoint", self.out(arm), *self.label, *self.split, "--seed", self.seed, "--part", part,
-            *(markers or ["--markers", self.derived]), *self.lenient, *(["--batch-key", batch] if batch else []), *flags])["metrics"]
+            *(markers or ["--markers", self.derived]), *(["--batch-key", batch] if batch else []), *flags])["metrics"]
 
     def baselines(self, arm, *flags, kept="baselines"):
         return self.lab.run(f"{self.tag}/{kept}", [
             os.path.join(HERE, "baselines.py"), self.source, "--label", "cell_type", "--split", os.path.join(self.out(arm), "split.tsv"),
-            *[x for e in DATASETS[self.name]["exclude"] for x in ("--exclude", e)], *flags], program=[sys.executable])
+            *[x for e in self.left_out for x in ("--exclude", e)], *flags], program=[sys.executable])
 
     def curated_flags(self):
         return ["--markers", self.curated, "--marker-map", self.map]
