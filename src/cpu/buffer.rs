@@ -24,6 +24,7 @@ unsafe impl Sync for Allocation {}
 
 impl Drop for Allocation {
     fn drop(&mut self) {
+        super::memory::buffer_freed(self.layout.size());
         // SAFETY: `ptr` came from `alloc_zeroed` with this very layout, whose size is not zero.
         unsafe { dealloc(self.ptr.as_ptr(), self.layout) }
     }
@@ -58,6 +59,7 @@ impl<T: Element> Buf<T> {
         let layout = Layout::from_size_align(bytes, ALIGN).map_err(|_| refused())?;
         // SAFETY: the layout's size is not zero.
         let ptr = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or_else(refused)?;
+        super::memory::buffer_allocated(bytes);
         let owner = Arc::new(Allocation { ptr, layout });
         Ok(Buf { ptr: ptr.cast(), len, _owner: Some(owner), _type: PhantomData })
     }

@@ -13,6 +13,7 @@ pub mod gene_attention;
 mod layernorm;
 mod linear;
 mod mask_tokens;
+pub mod memory;
 mod normalize;
 mod pool;
 mod prototype_loss;

@@ -3,6 +3,7 @@
 //! Each thread keeps a stack of blocks; [`take`] pops one and the guard gives it back. A thread that steals another task
 //! while it waits takes a further block from the stack, so nested use is safe and settles as quickly.
 
+use super::memory;
 use bytemuck::Pod;
 use std::cell::RefCell;
 
@@ -16,8 +17,17 @@ unsafe impl bytemuck::Zeroable for Line {}
 // SAFETY: as above; `Copy` and 'static.
 unsafe impl Pod for Line {}
 
+/// A thread's blocks, smallest and largest in any order.
+struct Blocks(Vec<Vec<Line>>);
+
+impl Drop for Blocks {
+    fn drop(&mut self) {
+        memory::scratch_freed(self.0.iter().map(|block| size_of_val(&block[..])).sum());
+    }
+}
+
 thread_local! {
-    static BLOCKS: RefCell<Vec<Vec<Line>>> = const { RefCell::new(Vec::new()) };
+    static BLOCKS: RefCell<Blocks> = const { RefCell::new(Blocks(Vec::new())) };
 }
 
 /// A block of working memory, aligned to 64 bytes. Its content is whatever the last user left.
@@ -26,7 +36,7 @@ pub struct Scratch(Vec<Line>);
 /// A block of at least `bytes` bytes: the smallest of this thread's that is large enough, or the largest, grown.
 pub fn take(bytes: usize) -> Scratch {
     let lines = bytes.div_ceil(size_of::<Line>());
-    let mut block = BLOCKS.with_borrow_mut(|blocks| {
+    let mut block = BLOCKS.with_borrow_mut(|Blocks(blocks)| {
         let fits = (0..blocks.len()).filter(|&i| blocks[i].len() >= lines).min_by_key(|&i| blocks[i].len());
         match fits.or_else(|| (0..blocks.len()).max_by_key(|&i| blocks[i].len())) {
             Some(i) => blocks.swap_remove(i),
@@ -34,6 +44,7 @@ pub fn take(bytes: usize) -> Scratch {
         }
     });
     if block.len() < lines {
+        memory::scratch_grew((lines - block.len()) * size_of::<Line>());
         block.resize(lines, Line([0; 64]));
     }
     Scratch(block)
@@ -55,7 +66,10 @@ impl Drop for Scratch {
     fn drop(&mut self) {
         let block = std::mem::take(&mut self.0);
         // A thread that is being torn down has no stack any more; then the block is simply freed.
-        let _ = BLOCKS.try_with(|blocks| blocks.borrow_mut().push(block));
+        let bytes = size_of_val(&block[..]);
+        if BLOCKS.try_with(|blocks| blocks.borrow_mut().0.push(block)).is_err() {
+            memory::scratch_freed(bytes);
+        }
     }
 }
 

@@ -1,10 +1,13 @@
 //! What a run will need before it starts: device memory by named buffer, and FLOPs.
 //!
-//! The buffers are made by the constructors that a run uses, over [`Paper`], a device that only counts. FLOPs are counted as in
+//! The buffers are made by the constructors that a run uses, over [`Paper`], a device that only counts; with the corpus at hand
+//! their sum is what the run allocates, to the byte. What kernels work in is estimated and stated apart. FLOPs are counted as in
 //! [`flops`]: real tokens and Σ len² of the corpus where there is one, otherwise cells of full length.
 
+use super::optimizer::SLOTS;
 use crate::config::{Precision, Settings, Stage};
 use crate::corpus::Corpus;
+use crate::cpu::memory::{Sizes, scratch_estimate};
 use crate::device::Act;
 use crate::error::Result;
 use crate::model::flops::{self, Work};
@@ -47,6 +50,9 @@ impl Group {
 /// A plan.
 pub struct Plan {
     groups: Vec<Group>,
+    /// Beside the buffers: what kernels work in.
+    scratch: Group,
+    threads: usize,
     capacity: Capacity,
     stage: Stage,
     parameters: usize,
@@ -69,8 +75,16 @@ pub fn plan(case: &PlanCase<'_>) -> Result<Plan> {
 fn plan_for<A: Act>(case: &PlanCase<'_>) -> Result<Plan> {
     let (config, settings) = (case.config, case.settings);
     let batch = &settings.batch;
-    let longest =
+    let context =
         if batch.max_tokens == 0 { config.positions } else { batch.max_tokens.min(config.positions) };
+    let special = config.prefix() + config.suffix();
+    let longest = match case.corpus.filter(|c| c.cells() > 0) {
+        Some(corpus) => {
+            let cells = (0..corpus.cells()).map(|cell| corpus.len_of(cell));
+            context.min(cells.max().unwrap_or(0) + special)
+        }
+        None => context,
+    };
     // As the trunk cuts logical batches: at least one whole cell, at most the whole batch.
     let tokens = batch.tokens.max(longest).min(batch.cells * longest);
     let capacity = Capacity { tokens, cells: batch.cells.min(tokens) };
@@ -96,7 +110,11 @@ fn plan_for<A: Act>(case: &PlanCase<'_>) -> Result<Plan> {
         Store::<Paper, f32>::planned(l, "second moments", &layout).map(drop)
     })?;
     group("activations", &mut |l| Activations::<Paper, A>::training(l, config, capacity).map(drop))?;
-    group("batch", &mut |l| DeviceBatch::planned(l, config, capacity).map(drop))?;
+    group("batch", &mut |l| {
+        DeviceBatch::planned(l, config, capacity)?;
+        l.zeros::<f32>("cell vectors of evaluation", "(C, D)", capacity.cells * config.width)?;
+        l.zeros::<f64>("scalars", "()", SLOTS).map(drop)
+    })?;
     if masks {
         let masking = Masking {
             probability: settings.mask.probability as f32,
@@ -127,7 +145,6 @@ fn plan_for<A: Act>(case: &PlanCase<'_>) -> Result<Plan> {
         })?,
     }
 
-    let special = config.prefix() + config.suffix();
     let cut = |len: usize| (len + special).min(longest);
     let attending = |len: usize| match config.attention {
         Pattern::Dense => (len * len) as f64,
@@ -162,8 +179,28 @@ fn plan_for<A: Act>(case: &PlanCase<'_>) -> Result<Plan> {
         0 => per_epoch.map(|steps| (steps * settings.train.epochs).ceil() as u64),
         steps => Some(steps),
     };
+    let sizes = Sizes {
+        tokens,
+        longest,
+        width,
+        heads: config.heads,
+        ffn: config.ffn,
+        vocab: config.vocab,
+        softmax: masks || case.stage != Stage::Pretrain,
+    };
+    let threads = rayon::current_num_threads();
+    let scratch = scratch_estimate(sizes, threads);
+    let scratch = Group {
+        name: "scratch of the processor's kernels",
+        entries: scratch
+            .into_iter()
+            .map(|(name, shape, bytes)| Entry { name: name.into(), shape, bytes })
+            .collect(),
+    };
     Ok(Plan {
         groups,
+        scratch,
+        threads,
         capacity,
         stage: case.stage,
         parameters: layout.parameters(),
@@ -176,7 +213,12 @@ fn plan_for<A: Act>(case: &PlanCase<'_>) -> Result<Plan> {
 }
 
 impl Plan {
-    /// Bytes of all buffers.
+    /// Estimated bytes of what the processor's kernels work in, beside the buffers.
+    pub fn scratch_bytes(&self) -> u64 {
+        self.scratch.bytes()
+    }
+
+    /// Bytes of all buffers: what a run allocates on its device, to the byte.
     pub fn bytes(&self) -> u64 {
         self.groups.iter().map(Group::bytes).sum()
     }
@@ -196,6 +238,7 @@ impl Plan {
             "part_cells": self.capacity.cells,
             "bytes": self.bytes(),
             "groups": groups,
+            "scratch": {"bytes": self.scratch_bytes(), "threads": self.threads, "kernels": self.scratch.entries},
             "mean_tokens": self.mean_tokens,
             "tokens_per_step": self.tokens_per_step,
             "flop_per_step": self.flop_per_step,
@@ -216,7 +259,7 @@ impl Plan {
             self.capacity.tokens,
             self.capacity.cells
         );
-        for group in &self.groups {
+        for group in self.groups.iter().chain([&self.scratch]) {
             let _ = writeln!(out, "{:<36} {}", group.name, mb(group.bytes()));
             let mut rows: Vec<(String, &str, u64, usize)> = Vec::new();
             for e in &group.entries {
@@ -234,7 +277,13 @@ impl Plan {
                 let _ = writeln!(out, "  {name:<32} {}  {shape}{times}", mb(bytes));
             }
         }
-        let _ = writeln!(out, "{:<36} {}", "device memory in all", mb(self.bytes()));
+        let _ = writeln!(out, "{:<36} {}", "buffers in all", mb(self.bytes()));
+        let _ = writeln!(
+            out,
+            "{:<36} {}",
+            format!("scratch beside them, {} threads, about", self.threads),
+            mb(self.scratch_bytes())
+        );
         let _ = writeln!(
             out,
             "a step: {:.4} TFLOP over {:.0} tokens (mean cell {:.0})",
@@ -285,7 +334,7 @@ mod tests {
             .sum();
         assert_eq!(Some(sum), json["bytes"].as_u64());
         for stage in [Stage::Pretrain, Stage::Finetune] {
-            assert!(of(&settings, stage).to_text().contains("device memory in all"));
+            assert!(of(&settings, stage).to_text().contains("buffers in all"));
         }
     }
 }
