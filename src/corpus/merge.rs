@@ -4,8 +4,8 @@
 //! the new folder, and one manifest with the union of the categories is written over them.
 
 use super::format::*;
+use super::partial_folder::PartialFolder;
 use super::reader::Corpus;
-use super::writer::PartialFolder;
 use crate::error::{Error, Result};
 use serde_json::json;
 use std::collections::{BTreeSet, HashMap};

@@ -7,11 +7,16 @@
 pub mod batch;
 mod faults;
 pub mod format;
+mod labels;
 pub mod merge;
+mod partial_folder;
 pub mod reader;
 pub mod sampler;
 mod shard;
 pub mod splits;
+mod spool;
+mod strata;
+mod training_cells;
 pub mod writer;
 
 pub use batch::{Batch, BatchOptions, Loader, Packer, Tokens};

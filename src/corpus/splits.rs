@@ -7,72 +7,17 @@
 //! [`Split`] can make.
 
 use super::format::hex;
+pub use super::labels::Labels;
+use super::labels::unknown_value;
 use super::reader::Corpus;
-use crate::error::{Error, Result, nearest};
-use crate::rng::{Philox, site};
+use super::strata::{choose_labelled, divide, included, refuse_single_cells, strata};
+pub use super::training_cells::TrainingCells;
+use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::borrow::Cow;
 use std::io::Write;
 use std::path::Path;
-
-/// Class labels of all cells of a corpus.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Labels {
-    /// Name of the obs column.
-    pub column: String,
-    /// Class names, sorted, excluded ones left out.
-    pub classes: Vec<String>,
-    /// Class per cell; [`Labels::MISSING`] or [`Labels::EXCLUDED`] otherwise.
-    pub codes: Vec<i32>,
-}
-
-impl Labels {
-    /// The source gives no label.
-    pub const MISSING: i32 = -1;
-    /// The label is one that was asked to be left out: the cell is in no part of a split.
-    pub const EXCLUDED: i32 = -2;
-
-    /// Reads `column`, leaving out the label values in `exclude` (an unknown value is an error).
-    pub fn read(corpus: &Corpus, column: &str, exclude: &[String]) -> Result<Labels> {
-        let all = corpus.categorical(column)?;
-        for value in exclude {
-            if all.categories.binary_search(value).is_err() {
-                return Err(unknown_value(corpus, column, value, &all.categories));
-            }
-        }
-        let mut code_of = Vec::with_capacity(all.categories.len());
-        let mut classes = Vec::new();
-        for name in all.categories {
-            if exclude.contains(&name) {
-                code_of.push(Self::EXCLUDED);
-            } else {
-                code_of.push(classes.len() as i32);
-                classes.push(name);
-            }
-        }
-        let code = |c: i32| if c < 0 { Self::MISSING } else { code_of[c as usize] };
-        Ok(Labels { column: column.into(), classes, codes: all.codes.into_iter().map(code).collect() })
-    }
-
-    /// Class of `cell`, if it has one.
-    #[inline]
-    pub fn class(&self, cell: usize) -> Option<usize> {
-        usize::try_from(self.codes[cell]).ok()
-    }
-}
-
-fn unknown_value(corpus: &Corpus, column: &str, value: &str, known: &[String]) -> Error {
-    let listed: Vec<&str> = known.iter().take(20).map(String::as_str).collect();
-    let more = if known.len() > 20 { format!(" and {} more", known.len() - 20) } else { String::new() };
-    let e = Error::input(format!("no cell has {value:?} in obs column {column:?}"))
-        .at(corpus.path().display())
-        .found(format!("{}{more}", listed.join(", ")));
-    match nearest(value, known.iter().map(String::as_str)) {
-        Some(near) => e.next(format!("did you mean {near:?}?")),
-        None => e,
-    }
-}
 
 /// How cells are divided; with the corpus it decides the split completely.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -346,107 +291,6 @@ impl Split {
     }
 }
 
-fn included(labels: &Option<Labels>, cell: u32) -> bool {
-    labels.as_ref().is_none_or(|l| l.codes[cell as usize] != Labels::EXCLUDED)
-}
-
-/// Cells by class; last, those without a label.
-fn strata(labels: &Option<Labels>, cells: Vec<u32>) -> Vec<Vec<u32>> {
-    let Some(labels) = labels else { return vec![cells] };
-    let mut strata = vec![Vec::new(); labels.classes.len() + 1];
-    for cell in cells {
-        match labels.codes[cell as usize] {
-            Labels::EXCLUDED => {}
-            Labels::MISSING => strata[labels.classes.len()].push(cell),
-            class => strata[class as usize].push(cell),
-        }
-    }
-    strata
-}
-
-fn refuse_single_cells(corpus: &Corpus, labels: &Option<Labels>, strata: &[Vec<u32>]) -> Result<()> {
-    let Some(labels) = labels else { return Ok(()) };
-    let single: Vec<String> = (labels.classes.iter().zip(strata))
-        .filter(|(_, cells)| cells.len() == 1)
-        .map(|(name, _)| format!("{name:?}"))
-        .collect();
-    if single.is_empty() {
-        return Ok(());
-    }
-    Err(Error::input("a class with one cell cannot stand on both sides of a split")
-        .at(format!("{}: obs column {:?}", corpus.path().display(), labels.column))
-        .found(single.join(", "))
-        .wanted("at least two cells in each class")
-        .next(format!("leave it out: --exclude-label {}", single[0])))
-}
-
-/// A class's own number: its draw does not depend on which other classes there are.
-fn stratum_number(labels: &Option<Labels>, stratum: usize) -> u32 {
-    match labels {
-        Some(l) if stratum < l.classes.len() => crc32c::crc32c(l.classes[stratum].as_bytes()),
-        _ => 0,
-    }
-}
-
-fn divide(
-    strata: &[Vec<u32>],
-    labels: &Option<Labels>,
-    fraction: [f64; 3],
-    seed: u64,
-    parts: &mut [Vec<u32>; 3],
-) {
-    for (s, cells) in strata.iter().enumerate() {
-        let mut cells = cells.clone();
-        Philox::new(seed, stratum_number(labels, s), site::SPLIT).shuffle(&mut cells);
-        let mut rest = &cells[..];
-        for (part, n) in parts.iter_mut().zip(shares(cells.len(), fraction)) {
-            let (now, later) = rest.split_at(n);
-            part.extend_from_slice(now);
-            rest = later;
-        }
-    }
-}
-
-/// How many of `n` cells go to each part: largest remainder, then at least one for training, test and validation, in that
-/// order, as far as `n` reaches. Sums to `n`.
-fn shares(n: usize, fraction: [f64; 3]) -> [usize; 3] {
-    let exact = fraction.map(|f| f * n as f64);
-    let mut share = exact.map(|e| (e + 1e-9).floor() as usize);
-    while share.iter().sum::<usize>() < n {
-        let remainder = |p: usize| exact[p] - share[p] as f64;
-        let next = (0..3).rev().max_by(|&a, &b| remainder(a).total_cmp(&remainder(b))).expect("three parts");
-        share[next] += 1;
-    }
-    let wanted: Vec<usize> = [0, 2, 1].into_iter().filter(|&p| fraction[p] > 0.0).collect();
-    for &p in wanted.iter().take(n) {
-        if share[p] == 0 {
-            let richest = (0..3).max_by_key(|&q| share[q]).expect("three parts");
-            share[richest] -= 1;
-            share[p] = 1;
-        }
-    }
-    share
-}
-
-/// Training cells whose label may be used: all, or the first `labels_per_class` of a seeded order in each class.
-fn choose_labelled(labels: &Labels, train: &[u32], spec: &SplitSpec) -> Vec<u32> {
-    let mut by_class = vec![Vec::new(); labels.classes.len()];
-    for &cell in train {
-        if let Some(class) = labels.class(cell as usize) {
-            by_class[class].push(cell);
-        }
-    }
-    if let Some(limit) = spec.labels_per_class {
-        for (cells, name) in by_class.iter_mut().zip(&labels.classes) {
-            Philox::new(spec.seed, crc32c::crc32c(name.as_bytes()), site::LABELS).shuffle(cells);
-            cells.truncate(limit);
-        }
-    }
-    let mut chosen = by_class.concat();
-    chosen.sort_unstable();
-    chosen
-}
-
 /// A split in a run folder. The parts are recomputed from the corpus and proved by their digest.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -461,51 +305,9 @@ pub struct SplitRecord {
     pub sha256: String,
 }
 
-/// A view of training cells and their labels. Only [`Split::training`] makes one, so that what is fitted cannot see others.
-#[derive(Debug, Clone)]
-pub struct TrainingCells<'a> {
-    cells: Cow<'a, [u32]>,
-    labels: Vec<i32>,
-    classes: &'a [String],
-}
-
-impl<'a> TrainingCells<'a> {
-    /// The cells, ascending.
-    pub fn cells(&self) -> &[u32] {
-        &self.cells
-    }
-    /// Class per cell, parallel to [`cells`](Self::cells); −1 = no label. Empty without a label column.
-    pub fn labels(&self) -> &[i32] {
-        &self.labels
-    }
-    /// Class names.
-    pub fn classes(&self) -> &'a [String] {
-        self.classes
-    }
-    /// Labelled cells per class.
-    pub fn counts(&self) -> Vec<u64> {
-        let mut counts = vec![0; self.classes.len()];
-        for &label in &self.labels {
-            if label >= 0 {
-                counts[label as usize] += 1;
-            }
-        }
-        counts
-    }
-    /// Only the cells that have a label: what supervised training draws from.
-    pub fn labelled(&self) -> TrainingCells<'a> {
-        let keep = |i: &usize| self.labels.get(*i).is_some_and(|&l| l >= 0);
-        let chosen: Vec<usize> = (0..self.cells.len()).filter(keep).collect();
-        TrainingCells {
-            cells: chosen.iter().map(|&i| self.cells[i]).collect(),
-            labels: chosen.iter().map(|&i| self.labels[i]).collect(),
-            classes: self.classes,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::strata::shares;
     use super::*;
 
     #[test]

@@ -16,6 +16,7 @@ pub mod markers;
 pub mod markers_derive;
 pub mod markers_file;
 mod pickle;
+mod symbol_map;
 pub mod tokenize;
 pub mod vocab;
 

@@ -9,7 +9,8 @@
 //!
 //! A column that cannot be read is no error until somebody asks for it. An empty string, code −1, NaN and a mask all mean missing.
 
-use super::hdf5::{Attribute, Field, H5Array, H5Source, Node, NumberKind, NumberType, Stored};
+use super::frame_cells::{Cells, Place};
+use super::hdf5::{Attribute, H5Array, H5Source, Node, NumberKind, NumberType, Stored};
 use crate::error::{Error, Result, nearest};
 use std::sync::Arc;
 
@@ -49,17 +50,6 @@ pub enum ColumnValues {
     Codes(Vec<i32>),
     /// Numbers, NaN = missing.
     Number(Vec<f64>),
-}
-
-/// Where the elements of a column lie.
-struct Cells {
-    place: Place,
-    mask: Option<Box<dyn H5Array>>,
-}
-
-enum Place {
-    Array(Box<dyn H5Array>),
-    Field(Arc<dyn H5Array>, Field, usize),
 }
 
 impl Frame {
@@ -249,71 +239,6 @@ fn number_text(v: f64, float: bool) -> String {
         (true, _) => String::new(),
         (_, true) => format!("{v:.1}"),
         _ => v.to_string(),
-    }
-}
-
-impl Cells {
-    fn array(array: Box<dyn H5Array>) -> Self {
-        Cells { place: Place::Array(array), mask: None }
-    }
-    fn stored(&self) -> &Stored {
-        match &self.place {
-            Place::Array(a) => a.stored(),
-            Place::Field(_, field, _) => &field.stored,
-        }
-    }
-    fn rows(&self) -> Option<u64> {
-        let shape = match &self.place {
-            Place::Array(a) => a.shape(),
-            Place::Field(a, ..) => a.shape(),
-        };
-        (shape.len() == 1).then(|| shape[0])
-    }
-    fn width(stored: &Stored) -> usize {
-        match stored {
-            Stored::Number(t) => t.bytes,
-            Stored::FixedText(n) => *n,
-            Stored::HeapText => 16,
-            _ => 0,
-        }
-    }
-
-    fn raw(&self, start: u64, rows: u64) -> Result<Vec<u8>> {
-        match &self.place {
-            Place::Array(a) => a.rows(start, rows),
-            Place::Field(a, field, record) => {
-                let width = Self::width(&field.stored);
-                let records = a.rows(start, rows)?;
-                Ok(records
-                    .chunks_exact(*record)
-                    .flat_map(|r| &r[field.offset..field.offset + width])
-                    .copied()
-                    .collect())
-            }
-        }
-    }
-
-    fn texts(&self, source: &dyn H5Source, start: u64, rows: u64) -> Result<Vec<String>> {
-        match &self.place {
-            Place::Array(a) => a.texts(start, rows),
-            Place::Field(_, field, _) => {
-                let width = Self::width(&field.stored).max(1);
-                let raw = self.raw(start, rows)?;
-                let text = |bytes: &[u8]| match field.stored {
-                    Stored::HeapText => source.heap_text(bytes),
-                    _ => Ok(String::from_utf8_lossy(bytes).trim_end_matches('\0').to_string()),
-                };
-                raw.chunks_exact(width).map(text).collect()
-            }
-        }
-    }
-
-    /// One flag per row; empty without a mask.
-    fn missing(&self, start: u64, rows: u64) -> Result<Vec<bool>> {
-        match &self.mask {
-            None => Ok(Vec::new()),
-            Some(mask) => Ok(mask.rows(start, rows)?.iter().map(|&b| b != 0).collect()),
-        }
     }
 }
 

@@ -10,7 +10,9 @@
 //! | [`medians`] | files → vocabulary: exact non-zero medians per gene |
 
 mod compressed;
+mod exact_median;
 pub mod frame;
+mod frame_cells;
 pub mod h5ad;
 pub mod hdf5;
 pub mod matrix;

@@ -9,7 +9,7 @@
 //! | [`ledger`] | buffers by name: allocates them, or only counts them for `plan` |
 //! | [`activations`] | every buffer of a forward and backward pass |
 //! | [`encoder`] | `forward` and its mirror `backward` |
-//! | [`heads`] | masked-gene head, pooling, classifier |
+//! | [`heads`], [`masked_genes`] | pooling and classifier; the masked-gene head |
 //! | [`tensors`], [`checkpoint`] | safetensors files; Hugging Face folders, read strictly and written atomically |
 //! | [`cell_vectors`] | vectors of cells and of token lists from a network at rest |
 //! | [`flops`] | counted matmul work of a batch |
@@ -32,10 +32,13 @@ pub mod batch;
 pub mod cell_vectors;
 pub mod checkpoint;
 pub mod config;
+mod config_json;
 pub mod encoder;
 pub mod flops;
 pub mod heads;
 pub mod ledger;
+pub mod masked_genes;
+mod presets;
 pub mod store;
 pub mod tensors;
 pub mod weights;

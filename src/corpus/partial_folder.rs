@@ -1,0 +1,112 @@
+//! The hidden folder that becomes a corpus: locked against a second writer, renamed to its final name when all is on the disk, removed
+//! when it is not.
+
+use crate::error::{Error, Kind, Result};
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+
+/// The hidden folder that becomes the corpus. Removed on drop unless published.
+#[derive(Debug)]
+pub(super) struct PartialFolder {
+    pub path: PathBuf,
+    target: PathBuf,
+    /// Held while writing; a dead writer's lock is free.
+    _lock: File,
+    published: bool,
+}
+
+const LOCK: &str = "writer.lock";
+
+impl PartialFolder {
+    pub fn create(target: &Path) -> Result<Self> {
+        let name = target.file_name().ok_or_else(|| {
+            Error::usage("the corpus needs a name").at(target.display()).wanted("a path such as NAME.cells")
+        })?;
+        if target.symlink_metadata().is_ok() {
+            return Err(Error::usage("the output exists already")
+                .at(target.display())
+                .next("choose another --out, or remove it first"));
+        }
+        let path = target.with_file_name(format!(".{}.partial", name.to_string_lossy()));
+        if let Err(e) = fs::create_dir(&path)
+            && e.kind() != std::io::ErrorKind::AlreadyExists
+        {
+            return Err(Error::io(&path, "create the folder of the corpus", &e)
+                .next("create the parent folder first, or choose another --out"));
+        }
+        let lock_path = path.join(LOCK);
+        let io = |e: std::io::Error| Error::io(&lock_path, "lock the unfinished corpus", &e);
+        let mut lock = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&lock_path)
+            .map_err(io)?;
+        if lock.try_lock().is_err() {
+            let mut holder = String::new();
+            let _ = lock.read_to_string(&mut holder);
+            return Err(Error::environment("another process is writing this corpus")
+                .at(target.display())
+                .found(holder.trim())
+                .next("wait for it, or choose another --out"));
+        }
+        // Held by no one: whatever else is here, a killed writer left.
+        for entry in fs::read_dir(&path).map_err(io)? {
+            let entry = entry.map_err(io)?;
+            if entry.file_name() != LOCK {
+                fs::remove_file(entry.path()).map_err(io)?;
+            }
+        }
+        lock.set_len(0).map_err(io)?;
+        write!(lock, "process {}", std::process::id()).map_err(io)?;
+        Ok(PartialFolder { path, target: target.into(), _lock: lock, published: false })
+    }
+
+    /// Writes a small file and flushes it to the disk.
+    pub fn write_file(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        let write = || {
+            let mut file = File::create(self.path.join(name))?;
+            file.write_all(bytes)?;
+            file.sync_all()
+        };
+        write().map_err(|e| self.failed(&format!("write {name}"), &e))
+    }
+
+    pub fn failed(&self, doing: &str, e: &std::io::Error) -> Error {
+        let error = Error::io(&self.path, doing, e);
+        if error.kind() == Kind::Environment {
+            error.next("free disk space, or write to another disk; nothing was left under the final name")
+        } else {
+            error
+        }
+    }
+
+    /// Flushes the folder and renames it to its final name.
+    pub fn publish(mut self) -> Result<()> {
+        let run = || {
+            for name in ["gene.spool", "value.spool", LOCK] {
+                match fs::remove_file(self.path.join(name)) {
+                    Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
+                    _ => {}
+                }
+            }
+            File::open(&self.path)?.sync_all()?;
+            fs::rename(&self.path, &self.target)?;
+            let parent = self.target.parent().filter(|p| !p.as_os_str().is_empty());
+            File::open(parent.unwrap_or(Path::new(".")))?.sync_all()
+        };
+        run().map_err(|e| self.failed("publish the corpus under its final name", &e))?;
+        self.published = true;
+        Ok(())
+    }
+}
+
+impl Drop for PartialFolder {
+    fn drop(&mut self) {
+        if !self.published {
+            let _ = fs::remove_dir_all(&self.path);
+        }
+    }
+}
