@@ -1,7 +1,7 @@
 //! Cases of the streaming softmax loss, its materialised f64 oracle, and a run of the op between guard words.
 
 use super::guarded::{self, Sample};
-use cellrefine::device::{Act, Device};
+use cellrefine::device::Act;
 use cellrefine::ops::prototype_loss::{
     self, ColumnGradients, Dims, In, Mix, Out, PrototypeLoss, Target, Teacher,
 };

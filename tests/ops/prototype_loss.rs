@@ -367,21 +367,41 @@ fn wrong_sizes_are_refused() {
     }
 }
 
-/// Each fault of the three kernel files fails a test of this module.
+/// A few cases that pass through every path of the kernels, quick enough to be run for every fault of the mutants.
 #[cfg(emulator)]
-mod mutants {
+mod faults {
+    use super::*;
     use crate::common::mutants::each_is_caught;
+
+    on_emulated!(A: one_of_each);
+
+    fn one_of_each<B: Loss<A>, A: ActSample>(dev: &B) {
+        for (rows, columns, width) in [(17, 40, 9), (70, 193, 16), (20, 150, 264)] {
+            let case = stored::<A>(Case::new(81, rows, columns, width));
+            check::<B, A>(dev, &case, &format!("one-hot {rows}×{columns}×{width}"));
+            let mut want = case.everything(81, 0.1, 0.2);
+            want.weight.iter_mut().step_by(5).for_each(|w| *w = 0.0);
+            let mut holes = want.clone();
+            holes.z.chunks_mut(width).step_by(5).for_each(|z| z.fill(f32::NAN));
+            let got = run::<B, A>(dev, &holes);
+            assert_kept::<B, A>(dev, &holes, &got, &oracle(&want), &format!("all {rows}×{columns}×{width}"));
+        }
+        for (rows, columns, first_self, width) in [(20, 60, 30, 9), (50, 131, 40, 33)] {
+            let case = stored::<A>(Case::same_label(82, rows, columns, first_self, width, 3));
+            check::<B, A>(dev, &case, &format!("same label {rows}×{columns}×{width}"));
+        }
+    }
 
     #[test]
     fn of_the_streaming_kernels_are_caught() {
-        each_is_caught("prototype_loss", "prototype_loss::");
+        each_is_caught("prototype_loss", "prototype_loss::faults::");
     }
     #[test]
     fn of_the_totals_are_caught() {
-        each_is_caught("prototype_loss_total", "prototype_loss::");
+        each_is_caught("prototype_loss_total", "prototype_loss::faults::");
     }
     #[test]
     fn of_the_one_launch_kernel_are_caught() {
-        each_is_caught("prototype_loss_small", "prototype_loss::");
+        each_is_caught("prototype_loss_small", "prototype_loss::faults::");
     }
 }
