@@ -46,12 +46,12 @@ fn build() -> Result<(), String> {
         Some(nvcc) => {
             let (gpu, archs) = nvcc.jobs(&files, &kernels, headers, &out)?;
             jobs.extend(gpu);
-            println!("cargo::rustc-env=CELLREFINE_NVCC={}", nvcc.release());
-            println!("cargo::rustc-env=CELLREFINE_CUDA_ARCHS={archs}");
+            println!("cargo::rustc-env=BUILT_WITH_NVCC={}", nvcc.release());
+            println!("cargo::rustc-env=BUILT_FOR_ARCHS={archs}");
         }
         None => {
-            println!("cargo::rustc-env=CELLREFINE_NVCC=");
-            println!("cargo::rustc-env=CELLREFINE_CUDA_ARCHS=");
+            println!("cargo::rustc-env=BUILT_WITH_NVCC=");
+            println!("cargo::rustc-env=BUILT_FOR_ARCHS=");
             println!(
                 "cargo::warning=no nvcc: built without GPU code (cpu and emulated are complete); \
                  scripts/cuda-toolkit.sh installs one"

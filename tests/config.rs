@@ -31,6 +31,7 @@ fn each_source_overrides_the_weaker_ones() {
         ("CELLREFINE_OPTIMIZER__BETA1".into(), "0.7".into()),
         ("CELLREFINE_OPTIMIZER__BETA2".into(), "0.7".into()),
         ("CELLREFINE_THREADS".into(), "2".into()),
+        ("CELLREFINE_CUDA_ARCHS".into(), "sm_90a".into()),
     ];
     sources.set = vec!["optimizer.beta2=0.6".into(), "optimizer.schedule=linear".into()];
     sources.seed = Some(11);

@@ -86,8 +86,8 @@ struct Cuda {
 impl Cuda {
     fn look() -> Self {
         Cuda {
-            nvcc: env!("CELLREFINE_NVCC"),
-            archs: env!("CELLREFINE_CUDA_ARCHS"),
+            nvcc: env!("BUILT_WITH_NVCC"),
+            archs: env!("BUILT_FOR_ARCHS"),
             driver: gpu::driver_version(),
             gpus: gpu::count(),
             cublas: cublas::available(),

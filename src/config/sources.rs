@@ -23,8 +23,16 @@ pub struct Sources {
     pub seed: Option<u64>,
 }
 
-/// Variables that are flags of the command line, not settings.
-const FLAG_VARIABLES: [&str; 3] = ["CELLREFINE_THREADS", "CELLREFINE_DEVICE", "CELLREFINE_SEED"];
+/// Variables that are no settings: flags of the command line, the build's, the emulator's.
+const OTHER_VARIABLES: [&str; 7] = [
+    "CELLREFINE_THREADS",
+    "CELLREFINE_DEVICE",
+    "CELLREFINE_SEED",
+    "CELLREFINE_CUDA_ARCHS",
+    "CELLREFINE_COMMIT",
+    "CELLREFINE_EMULATOR_SCHEDULE",
+    "CELLREFINE_EMULATOR_LIBRARY",
+];
 
 /// One assignment and where it stood.
 struct Assignment {
@@ -72,7 +80,7 @@ impl Sources {
             flatten(&table, &mut Vec::new(), &file.display().to_string(), &mut list);
         }
         for (name, text) in &self.environment {
-            if FLAG_VARIABLES.contains(&name.as_str()) {
+            if OTHER_VARIABLES.contains(&name.as_str()) {
                 continue;
             }
             let path = name["CELLREFINE_".len()..].to_lowercase().split("__").map(str::to_string).collect();
