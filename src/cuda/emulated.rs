@@ -69,6 +69,17 @@ struct Launch {
     error: [c_char; 1536],
 }
 
+// The same numbers stand in tests/emulator/cases.cpp, against the C++ side.
+const _: () = assert!(
+    std::mem::offset_of!(Launch, grid) == 16
+        && std::mem::offset_of!(Launch, shared_bytes) == 40
+        && std::mem::offset_of!(Launch, failed) == 52
+        && std::mem::offset_of!(Launch, fault_address) == 64
+        && std::mem::offset_of!(Launch, error) == 72
+        && size_of::<Launch>() == 1608
+        && size_of::<EmulatedKernel>() == 24
+);
+
 /// A pointer that rayon may carry to the threads that run blocks.
 struct SharedLaunch(*mut Launch);
 // SAFETY: the C++ side shares a launch between threads by its atomics; `error` is written once, by whoever sets `failed`.
