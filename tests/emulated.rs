@@ -204,10 +204,7 @@ fn a_run_moves_between_backends() {
     let whole = stages::pretrain(&make(Choice::Cpu, "whole"), &mut Stop::default()).unwrap();
     let mut inputs = make(Choice::Cpu, "moved");
     for (stop, next) in [(3, Choice::Emulated), (5, Choice::Cpu)] {
-        assert_eq!(
-            stages::pretrain(&inputs, &mut Stop(Some(stop))).unwrap_err().kind(),
-            Kind::Interrupted
-        );
+        assert_eq!(stages::pretrain(&inputs, &mut Stop(Some(stop))).unwrap_err().kind(), Kind::Interrupted);
         inputs.resume = Resume::Last;
         inputs.device = next;
     }
@@ -235,7 +232,9 @@ fn the_chain_by_the_program() {
     );
     assert!(tuned["evaluation"]["val_macro_f1"].is_number(), "{tuned}");
     let embed = |device: &str| -> Vec<f32> {
-        place.json(&format!("embed --device {device} --corpus x.cells --checkpoint refined --out {device}.npy"));
+        place.json(&format!(
+            "embed --device {device} --corpus x.cells --checkpoint refined --out {device}.npy"
+        ));
         let data = std::fs::read(place.root.join(format!("{device}.npy"))).unwrap();
         npyz::NpyFile::new(&data[..]).unwrap().into_vec::<f32>().unwrap()
     };
@@ -243,8 +242,9 @@ fn the_chain_by_the_program() {
     assert_eq!((cpu.len(), cuda.len()), (38 * 32, 38 * 32));
     let far = cpu.iter().zip(&cuda).map(|(a, b)| (a - b).abs()).fold(0.0f32, f32::max);
     assert!(far < 1e-4 && cpu.iter().any(|x| x.abs() > 0.1), "embeddings differ by {far}");
-    let annotated =
-        |device: &str| place.json(&format!("annotate --device {device} --corpus x.cells --checkpoint refined --markers markers.gmt --out {device}.tsv"));
+    let annotated = |device: &str| {
+        place.json(&format!("annotate --device {device} --corpus x.cells --checkpoint refined --markers markers.gmt --out {device}.tsv"))
+    };
     annotated("cpu");
     annotated("emulated");
     let table = |device: &str| std::fs::read_to_string(place.root.join(format!("{device}.tsv"))).unwrap();

@@ -76,16 +76,17 @@ impl<A: Act> Embed<A> for Cuda {
         let blocks = tokens.div_ceil(tokens_per_block);
         let (chunks, sweep_blocks) = (tokens.div_ceil(CHUNK), tokens.div_ceil(PLACES));
         let mut workspace = self.workspace();
-        let [mut mean_g, mut mean_gn, mut partial, mut edge, mut total, count, first, second] = workspace.parts::<f32, 8>([
-            tokens,
-            tokens,
-            blocks * 2 * width,
-            chunks * 2 * width,
-            sweep_blocks * width,
-            counts(tokens),
-            tokens,
-            tokens,
-        ])?;
+        let [mut mean_g, mut mean_gn, mut partial, mut edge, mut total, count, first, second] =
+            workspace.parts::<f32, 8>([
+                tokens,
+                tokens,
+                blocks * 2 * width,
+                chunks * 2 * width,
+                sweep_blocks * width,
+                counts(tokens),
+                tokens,
+                tokens,
+            ])?;
         let mut count = integers(&count)?;
         let mut places = [integers(&first)?, integers(&second)?];
         let (value_bin, value_table) = values(dims, &tables);
@@ -114,7 +115,16 @@ impl<A: Act> Embed<A> for Cuda {
             width as i32,
         )?;
         let (rows, both, split) = (blocks as i32, (2 * width) as i32, width as i32);
-        reduce_columns(self, columns(2 * width), &partial, grads.weight, Some(grads.bias), rows, both, split)?;
+        reduce_columns(
+            self,
+            columns(2 * width),
+            &partial,
+            grads.weight,
+            Some(grads.bias),
+            rows,
+            both,
+            split,
+        )?;
 
         let mut sweep = |keys: usize, key: &Buf<u32>, table: &mut Buf<f32>, total: Option<&mut Buf<f32>>| {
             let order = sort_by_key(self, tokens, keys, key, &mut places, &mut count)?;
@@ -159,7 +169,16 @@ impl<A: Act> Embed<A> for Cuda {
         if let (Some(value_bin), Some(table)) = (value_bin, grads.value_table) {
             sweep(dims.value_bins, value_bin, table, None)?;
         }
-        reduce_columns(self, columns(width), &total, grads.type_table, None, sweep_blocks as i32, split, split)
+        reduce_columns(
+            self,
+            columns(width),
+            &total,
+            grads.type_table,
+            None,
+            sweep_blocks as i32,
+            split,
+            split,
+        )
     }
 }
 
