@@ -6,6 +6,9 @@
 use std::fmt;
 use std::path::Path;
 
+/// First line of a refused allocation, whoever refuses it.
+const OUT_OF_MEMORY: &str = "out of memory";
+
 /// `Result` with this crate's [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -105,6 +108,15 @@ impl Error {
     pub fn interrupted(what: impl Into<String>) -> Self {
         Self::new(Kind::Interrupted, what)
     }
+    /// A device that refuses `bytes` of memory (exit 4); `free` is what it has left, of its whole, where that is known.
+    pub fn out_of_memory(bytes: usize, free: Option<(usize, usize)>) -> Self {
+        let mb = |bytes: usize| bytes as f64 / 1e6;
+        let free =
+            free.map_or(String::new(), |(free, of)| format!("; {:.2} of {:.2} MB free", mb(free), mb(of)));
+        Self::environment(OUT_OF_MEMORY).found(format!("{:.2} MB refused{free}", mb(bytes))).next(
+            "lower batch.tokens, batch.cells or batch.max_tokens; `cellrefine plan` prints what a run needs",
+        )
+    }
     /// An operating-system error on `path`: a missing or unreadable file is bad input, a full disk or a failed
     /// write is the environment's.
     pub fn io(path: impl AsRef<Path>, doing: &str, e: &std::io::Error) -> Self {
@@ -144,6 +156,10 @@ impl Error {
         self
     }
 
+    /// Is this a refused allocation, of [`Error::out_of_memory`]?
+    pub fn is_out_of_memory(&self) -> bool {
+        self.0.what == OUT_OF_MEMORY
+    }
     /// The kind, and with it the exit code.
     pub fn kind(&self) -> Kind {
         self.0.kind

@@ -24,7 +24,7 @@ pub struct Sources {
 }
 
 /// Variables that are no settings: flags of the command line, the build's, the emulator's.
-const OTHER_VARIABLES: [&str; 7] = [
+const OTHER_VARIABLES: [&str; 8] = [
     "CELLREFINE_THREADS",
     "CELLREFINE_DEVICE",
     "CELLREFINE_SEED",
@@ -32,6 +32,7 @@ const OTHER_VARIABLES: [&str; 7] = [
     "CELLREFINE_COMMIT",
     "CELLREFINE_EMULATOR_SCHEDULE",
     "CELLREFINE_EMULATOR_LIBRARY",
+    "CELLREFINE_EMULATOR_MEMORY",
 ];
 
 /// One assignment and where it stood.

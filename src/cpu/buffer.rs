@@ -50,11 +50,7 @@ impl<T: Element> Buf<T> {
         if len == 0 {
             return Ok(Buf { ptr: NonNull::dangling(), len, _owner: None, _type: PhantomData });
         }
-        let refused = || {
-            Error::environment("out of memory")
-                .found(format!("{:.1} MB refused", len as f64 * size_of::<T>() as f64 / 1e6))
-                .next("lower batch.tokens, batch.cells or batch.max_tokens; `cellrefine plan` prints what a run needs")
-        };
+        let refused = || Error::out_of_memory(len.saturating_mul(size_of::<T>()), None);
         let bytes = len.checked_mul(size_of::<T>()).ok_or_else(refused)?;
         let layout = Layout::from_size_align(bytes, ALIGN).map_err(|_| refused())?;
         // SAFETY: the layout's size is not zero.

@@ -34,8 +34,7 @@ impl<T: Element> Buf<T> {
         if len == 0 {
             return Ok(Buf { address: 0, len, owner: None, element: PhantomData });
         }
-        let bytes =
-            len.checked_mul(size_of::<T>()).ok_or_else(|| Error::environment("out of device memory"))?;
+        let bytes = len.checked_mul(size_of::<T>()).ok_or_else(|| Error::out_of_memory(usize::MAX, None))?;
         let address = driver.allocate(bytes)?;
         let owner = Some(Arc::new(Allocation { driver: Arc::clone(driver), address }));
         Ok(Buf { address, len, owner, element: PhantomData })

@@ -1,7 +1,6 @@
 //! The emulator as a driver: kernels run as host C++ (`kernels/emulator/`), in the calling thread and its rayon pool.
 //!
-//! Memory is the host's. Every allocation ends at a page without access, so that a kernel that leaves its last buffer is
-//! stopped there, and the report says by how many bytes. A launch is over when the call returns.
+//! Memory is the host's ([`HostMemory`]). A launch is over when the call returns.
 //!
 //! CELLREFINE_EMULATOR_LIBRARY names a shared object with kernels of the same names (built from edited sources); its
 //! kernels run in place of those of this build. The mutants of the tests come in this way.
@@ -9,8 +8,8 @@
 use super::capture::not_recordable;
 use super::driver::Grid;
 use super::functions::{EmulatedKernel, Kernel};
+use super::host_memory::HostMemory;
 use crate::error::{Error, Result};
-use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::ptr;
 use std::sync::atomic::{AtomicU32, AtomicU64};
@@ -89,8 +88,7 @@ unsafe impl Sync for SharedLaunch {}
 pub struct Emulated {
     schedule: Schedule,
     library: Option<Library>,
-    /// Start and bytes of every live allocation, for reports.
-    live: Mutex<BTreeMap<u64, usize>>,
+    memory: HostMemory,
     /// While a thread records: its id and what it has queued.
     recording: Mutex<Option<(ThreadId, Vec<Work>)>>,
 }
@@ -125,7 +123,7 @@ impl Emulated {
         Ok(Emulated {
             schedule,
             library: library.transpose()?,
-            live: Mutex::default(),
+            memory: HostMemory::open()?,
             recording: Mutex::default(),
         })
     }
@@ -201,41 +199,12 @@ impl Emulated {
         if self.records() {
             return Err(not_recordable("an allocation"));
         }
-        let refused = || {
-            Error::environment("out of memory")
-                .found(format!("{:.1} MB refused", bytes as f64 / 1e6))
-                .next("lower batch.tokens, batch.cells or batch.max_tokens; `cellrefine plan` prints what a run needs")
-        };
-        let page = page_size();
-        let pages =
-            bytes.checked_next_multiple_of(page).and_then(|b| b.checked_add(page)).ok_or_else(refused)?;
-        // SAFETY: a fresh private mapping.
-        let start = unsafe {
-            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-            libc::mmap(ptr::null_mut(), pages, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)
-        };
-        if start == libc::MAP_FAILED {
-            return Err(refused());
-        }
-        let guard = start as usize + pages - page;
-        // SAFETY: the last page of the mapping just made.
-        if unsafe { libc::mprotect(guard as *mut c_void, page, libc::PROT_NONE) } != 0 {
-            // SAFETY: the mapping just made.
-            unsafe { libc::munmap(start, pages) };
-            return Err(refused());
-        }
-        let address = (guard - bytes.next_multiple_of(ALIGN)) as u64;
-        self.live().insert(address, bytes);
-        Ok(address)
+        self.memory.allocate(bytes)
     }
 
     pub(super) unsafe fn free(&self, address: u64) {
-        let Some(bytes) = self.live().remove(&address) else { return };
-        let page = page_size();
-        let pages = bytes.next_multiple_of(page) + page;
-        let guard = address as usize + bytes.next_multiple_of(ALIGN);
-        // SAFETY: the mapping that `allocate` made for this address, by the same arithmetic.
-        unsafe { libc::munmap((guard + page - pages) as *mut c_void, pages) };
+        // SAFETY: passed on.
+        unsafe { self.memory.free(address) }
     }
 
     pub(super) unsafe fn upload(&self, to: u64, host: &[u8]) -> Result<()> {
@@ -363,34 +332,10 @@ impl Emulated {
         let place = format!("kernels/{}.cu: {} ({})", entry.file, entry.name, ["f32", "bf16"][act]);
         let mut error = Error::bug("a kernel failed in the emulator").at(place).found(text);
         if launch.fault_address != 0 {
-            error = error.wanted(self.nearest(launch.fault_address));
+            error = error.wanted(self.memory.nearest(launch.fault_address));
         }
         Err(error)
     }
-
-    fn live(&self) -> MutexGuard<'_, BTreeMap<u64, usize>> {
-        self.live.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Where an address lies, told from the buffer before it.
-    fn nearest(&self, address: u64) -> String {
-        match self.live().range(..=address).next_back() {
-            Some((start, bytes)) if address - start < 1 << 32 => format!(
-                "addresses inside a buffer; this one is {} bytes past the end of one of {bytes} bytes",
-                (address - start).saturating_sub(*bytes as u64)
-            ),
-            _ => "addresses inside a buffer; none starts near this one".into(),
-        }
-    }
-}
-
-/// What kernels may rely on for a whole allocation's start. A GPU gives 256; less leaves less room between the end of a
-/// buffer and the page that stops an access.
-const ALIGN: usize = 16;
-
-fn page_size() -> usize {
-    // SAFETY: a plain query.
-    usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096)
 }
 
 /// A shared object with emulated kernels. Never closed: a kernel's code may be on a stack somewhere.

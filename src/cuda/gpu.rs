@@ -253,13 +253,7 @@ impl Gpu {
             if e.0 != sys::cudaError_enum::CUDA_ERROR_OUT_OF_MEMORY {
                 return failure("allocating memory", e);
             }
-            let free = result::mem_get_info().map_or(String::new(), |(free, total)| {
-                format!("; {:.1} of {:.1} GB free", free as f64 / 1e9, total as f64 / 1e9)
-            });
-            Error::environment("out of GPU memory")
-                .at(self.name())
-                .found(format!("{:.1} MB refused{free}", bytes as f64 / 1e6))
-                .next("lower batch.tokens, batch.cells or batch.max_tokens; `cellrefine plan` prints what a run needs")
+            Error::out_of_memory(bytes, result::mem_get_info().ok()).at(self.name())
         })
     }
 

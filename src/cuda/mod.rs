@@ -15,6 +15,8 @@ mod emulated;
 mod functions;
 mod gene_attention;
 pub mod gpu;
+#[cfg(emulator)]
+mod host_memory;
 mod layernorm;
 mod linear;
 mod mask_tokens;
@@ -71,7 +73,8 @@ impl Cuda {
     /// and else is `late`.
     ///
     /// # Errors
-    /// A schedule of another name (2); a CELLREFINE_EMULATOR_LIBRARY that cannot be loaded (3).
+    /// A schedule of another name, a CELLREFINE_EMULATOR_MEMORY that is no number (2); a CELLREFINE_EMULATOR_LIBRARY that
+    /// cannot be loaded (3).
     #[cfg(emulator)]
     pub fn emulated() -> Result<Self> {
         Self::emulated_with(Schedule::from_environment()?)

@@ -5,7 +5,7 @@
 
 use super::{Buf, Driver};
 use crate::device::{Element, Len};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// A part starts at a multiple of this.
@@ -52,7 +52,11 @@ impl Workspace<'_> {
         if self.block.as_ref().is_none_or(|b| b.len() < bytes) {
             // The old block is freed behind the kernels that still use it.
             *self.block = None;
-            *self.block = Some(Buf::allocate(self.driver, bytes)?);
+            let refused = |e: Error| match e.is_out_of_memory() {
+                true => e.at(format!("what kernels work in, on {}", self.driver.name())),
+                false => e,
+            };
+            *self.block = Some(Buf::allocate(self.driver, bytes).map_err(refused)?);
         }
         let Some(block) = self.block.as_ref() else { unreachable!("just made") };
         self.driver.poison(block.address(), bytes);

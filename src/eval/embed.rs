@@ -68,10 +68,15 @@ impl<B: Backend<A>, A: Act> Embedder<B, A> {
         let batch = batch_options(&config, &corpus, options)?;
         let capacity = Capacity { tokens: batch.tokens, cells: batch.cells };
         let mut ledger = Ledger::new(dev);
+        // Here both N and C follow from one flag.
+        let refused = |e: Error| match e.is_out_of_memory() {
+            true => e.next("lower --batch-tokens, and below the longest cell --max-tokens"),
+            false => e,
+        };
         Ok(Embedder {
-            acts: Activations::evaluation(&mut ledger, &config, capacity)?,
-            part: DeviceBatch::planned(&mut ledger, &config, capacity)?,
-            rows: ledger.zeros("cell vectors", "(C, D)", capacity.cells * config.width)?,
+            acts: Activations::evaluation(&mut ledger, &config, capacity).map_err(refused)?,
+            part: DeviceBatch::planned(&mut ledger, &config, capacity).map_err(refused)?,
+            rows: ledger.zeros("cell vectors", "(C, D)", capacity.cells * config.width).map_err(refused)?,
             encoder: Encoder::new(dev.clone(), config),
             dev: dev.clone(),
             params,

@@ -11,6 +11,22 @@ pub struct Ledger<'d, B> {
     entries: Vec<Entry>,
 }
 
+/// How buffers over tokens get smaller.
+const FEWER_TOKENS: &str =
+    "lower batch.tokens, and below the longest cell batch.max_tokens; `cellrefine plan` lists every buffer";
+
+/// The setting that makes a buffer of this shape smaller, told from its letters.
+fn remedy(shape: &str) -> &'static str {
+    let over = |letter| shape.split(|c: char| !c.is_alphanumeric()).any(|word| word == letter);
+    if over("N") || over("M") {
+        FEWER_TOKENS
+    } else if over("C") {
+        "lower batch.cells; `cellrefine plan` lists every buffer"
+    } else {
+        "choose a smaller network (--preset, or model.layers and model.width); `cellrefine plan` lists every buffer"
+    }
+}
+
 /// One buffer.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
 pub struct Entry {
@@ -32,14 +48,21 @@ impl<'d, B: Device> Ledger<'d, B> {
         self.dev
     }
     /// `len` zeros under a name.
+    ///
+    /// # Errors
+    /// Out of memory (4): names the buffer, its shape, and the setting that makes it smaller.
     pub fn zeros<T: Element>(
         &mut self,
         name: impl Into<String>,
         shape: &'static str,
         len: usize,
     ) -> Result<B::Buf<T>> {
-        let buf = self.dev.zeros(len)?;
-        self.entries.push(Entry { name: name.into(), shape, bytes: (buf.len() * size_of::<T>()) as u64 });
+        let name = name.into();
+        let buf = self.dev.zeros(len).map_err(|e| match e.is_out_of_memory() {
+            true => e.at(format!("{name} {shape} on {}", self.dev.name())).next(remedy(shape)),
+            false => e,
+        })?;
+        self.entries.push(Entry { name, shape, bytes: (buf.len() * size_of::<T>()) as u64 });
         Ok(buf)
     }
     /// What was handed out, in order.

@@ -8,10 +8,11 @@ use super::task::{Evaluation, Loss, Own, Task};
 use super::trunk::{Draw, Trunk};
 use crate::config::{ClassWeights, FinetuneSettings};
 use crate::corpus::{Batch, Labels};
-use crate::device::Act;
+use crate::device::{Act, Device};
 use crate::error::{Error, Result};
 use crate::eval::metrics::classification;
 use crate::model::heads::{self, Classify};
+use crate::model::ledger::Ledger;
 use crate::model::weights::{Classification, Classifier};
 use crate::model::{Layout, ModelConfig, Store, checkpoint};
 use crate::objective::prototype_file::StoredPrototypes;
@@ -47,14 +48,46 @@ pub struct Finetune<B: Backend<A>, A: Act> {
     _act: std::marker::PhantomData<A>,
 }
 
-/// Buffers over the cells of a part.
-struct Rows<B: crate::device::Device> {
-    h: B::Buf<f32>,
-    dh: B::Buf<f32>,
-    loss: B::Buf<f32>,
-    lse: B::Buf<f32>,
-    target: B::Buf<i32>,
-    weight: B::Buf<f32>,
+/// The stage's memory: the classifier's, and rows over the cells of a part.
+pub struct Buffers<B: Device> {
+    weight: Store<B, f32, Classification>,
+    grad: Store<B, f32, Classification>,
+    moments: Moments<B>,
+    rows: Rows<B>,
+}
+
+/// C cells of a part.
+struct Rows<B: Device> {
+    h: B::Buf<f32>,      // (C, D)
+    dh: B::Buf<f32>,     // (C, D)
+    loss: B::Buf<f32>,   // (C)
+    lse: B::Buf<f32>,    // (C)
+    target: B::Buf<i32>, // (C)
+    weight: B::Buf<f32>, // (C)
+}
+
+impl<B: Device> Buffers<B> {
+    /// For a classifier of `layout` on vectors of `width`, over parts of at most `cells`.
+    pub fn planned(
+        ledger: &mut Ledger<B>,
+        layout: &Layout<Classification>,
+        width: usize,
+        cells: usize,
+    ) -> Result<Self> {
+        Ok(Buffers {
+            weight: Store::planned(ledger, "classifier", layout)?,
+            grad: Store::planned(ledger, "gradient of the classifier", layout)?,
+            moments: Moments::planned(ledger, "the classifier", layout.len())?,
+            rows: Rows {
+                h: ledger.zeros("cell vectors", "(C, D)", cells * width)?,
+                dh: ledger.zeros("gradient of cell vectors", "(C, D)", cells * width)?,
+                loss: ledger.zeros("classifier.loss", "(C)", cells)?,
+                lse: ledger.zeros("classifier.lse", "(C)", cells)?,
+                target: ledger.zeros("classifier.target", "(C)", cells)?,
+                weight: ledger.zeros("classifier.row_weight", "(C)", cells)?,
+            },
+        })
+    }
 }
 
 impl<B: Backend<A>, A: Act> Finetune<B, A> {
@@ -79,27 +112,21 @@ impl<B: Backend<A>, A: Act> Finetune<B, A> {
             .next("choose another --label or --split"));
         }
         let layout = Layout::classifier(classes, width);
-        let mut weight = Store::zeros(dev, &layout)?;
+        let ledger = &mut Ledger::new(dev);
+        let Buffers { mut weight, grad, moments, rows } =
+            Buffers::planned(ledger, &layout, width, trunk.capacity().cells)?;
         weight.randomize(dev, &layout, config.initializer_range, seed ^ CLASSIFIER_SEED)?;
-        let cells = trunk.capacity().cells;
         Ok(Finetune {
             class_weight: class_weights(settings.class_weights, settings.beta, counts),
             labels,
             weight,
-            grad: Store::zeros(dev, &layout)?,
-            moments: Moments::zeros(dev, layout.len())?,
+            grad,
+            moments,
             spans: spans(&layout, |_| true),
             layout,
             learning_rate,
             depth: config.depth(config.layer)?,
-            rows: Rows {
-                h: dev.zeros(cells * width)?,
-                dh: dev.zeros(cells * width)?,
-                loss: dev.zeros(cells)?,
-                lse: dev.zeros(cells)?,
-                target: dev.zeros(cells)?,
-                weight: dev.zeros(cells)?,
-            },
+            rows,
             _act: std::marker::PhantomData,
         })
     }

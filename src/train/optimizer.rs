@@ -8,6 +8,7 @@ use crate::config::OptimizerSettings;
 use crate::device::{Act, Device};
 use crate::error::Result;
 use crate::model::Layout;
+use crate::model::ledger::Ledger;
 use crate::model::weights::{Parameter, Parts};
 use crate::ops::{Backend, adamw, reduce};
 use std::ops::Range;
@@ -51,9 +52,12 @@ pub struct Moments<B: Device> {
 }
 
 impl<B: Device> Moments<B> {
-    /// Zeros.
-    pub fn zeros(dev: &B, len: usize) -> Result<Self> {
-        Ok(Moments { m: dev.zeros(len)?, v: dev.zeros(len)? })
+    /// Zeros for the `len` elements of `name`.
+    pub fn planned(ledger: &mut Ledger<B>, name: &str, len: usize) -> Result<Self> {
+        Ok(Moments {
+            m: ledger.zeros(format!("first moments of {name}"), "(parameters)", len)?,
+            v: ledger.zeros(format!("second moments of {name}"), "(parameters)", len)?,
+        })
     }
 }
 

@@ -4,7 +4,8 @@
 //! their sum is what the run allocates, to the byte. What kernels work in is estimated and stated apart. FLOPs are counted as in
 //! [`flops`]: real tokens and Σ len² of the corpus where there is one, otherwise cells of full length.
 
-use super::optimizer::SLOTS;
+use super::optimizer::{Moments, SLOTS};
+use super::{finetune, refine};
 use crate::config::{Precision, Settings, Stage};
 use crate::corpus::Corpus;
 use crate::cpu::memory::{Sizes, scratch_estimate};
@@ -105,10 +106,7 @@ fn plan_for<A: Act>(case: &PlanCase<'_>) -> Result<Plan> {
     let layout = Layout::network(config);
     group("weights", &mut |l| Parameters::<Paper, A>::planned(l, config).map(drop))?;
     group("gradients", &mut |l| Store::<Paper, f32>::planned(l, "gradients", &layout).map(drop))?;
-    group("moments", &mut |l| {
-        Store::<Paper, f32>::planned(l, "first moments", &layout)?;
-        Store::<Paper, f32>::planned(l, "second moments", &layout).map(drop)
-    })?;
+    group("moments", &mut |l| Moments::planned(l, "the network", layout.len()).map(drop))?;
     group("activations", &mut |l| Activations::<Paper, A>::training(l, config, capacity).map(drop))?;
     group("batch", &mut |l| {
         DeviceBatch::planned(l, config, capacity)?;
@@ -133,15 +131,11 @@ fn plan_for<A: Act>(case: &PlanCase<'_>) -> Result<Plan> {
         Stage::Refine => group("objective", &mut |l| {
             let entries = if case.labelled { 1 } else { types };
             Objective::planned(l, settings.objective.clone(), types, width, cells, entries)?;
-            l.zeros::<f32>("prototype moments", "(2, P, D)", 2 * types * width)?;
-            l.zeros::<f32>("cell vectors and gradients", "(2, C, D)", 2 * cells * width)?;
-            l.zeros::<f32>("cell vectors of a part", "(C, D)", capacity.cells * width).map(drop)
+            refine::Buffers::planned(l, types, width, cells, capacity.cells).map(drop)
         })?,
         Stage::Finetune => group("classifier", &mut |l| {
             let classifier = Layout::classifier(types, width);
-            l.zeros::<f32>("classifier, gradients, moments", "(4, K·D + K)", 4 * classifier.len())?;
-            l.zeros::<f32>("cell vectors and gradients", "(2, C, D)", 2 * capacity.cells * width)?;
-            l.zeros::<f32>("loss, lse, target, weight", "(4, C)", 4 * capacity.cells).map(drop)
+            finetune::Buffers::planned(l, &classifier, width, capacity.cells).map(drop)
         })?,
     }
 

@@ -18,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::eval::metrics::recall_at;
 use crate::eval::rows::centred_unit_rows;
 use crate::model::heads;
+use crate::model::ledger::Ledger;
 use crate::objective::{Losses, Objective, SLOTS, StoredPrototypes};
 use crate::ops::Backend;
 use std::ops::Range;
@@ -44,14 +45,41 @@ pub struct Refine<B: Backend<A>, A: Act> {
     truth: Truth,
     /// Cells (rows of the teacher's table) that each prototype is refreshed from after an epoch; empty = never.
     refresh: Vec<Vec<u32>>,
-    moments: Moments<B>,
     spans: Vec<Span>,
     learning_rate: f64,
     depth: usize,
-    h: B::Buf<f32>,
-    dh: B::Buf<f32>,
-    part_h: B::Buf<f32>,
+    buffers: Buffers<B>,
     staging: Staging,
+}
+
+/// The stage's memory, besides the objective's and the masked-gene head's.
+pub struct Buffers<B: Device> {
+    /// Of the prototypes (P, D).
+    moments: Moments<B>,
+    /// (C, D) cell vectors of the logical batch.
+    h: B::Buf<f32>,
+    /// (C, D) their gradient.
+    dh: B::Buf<f32>,
+    /// (C, D) of a part: its cell vectors, then their gradient.
+    part_h: B::Buf<f32>,
+}
+
+impl<B: Device> Buffers<B> {
+    /// For P `types`, D `width`, `cells` of a logical batch and `part_cells` of a part.
+    pub fn planned(
+        ledger: &mut Ledger<B>,
+        types: usize,
+        width: usize,
+        cells: usize,
+        part_cells: usize,
+    ) -> Result<Self> {
+        Ok(Buffers {
+            moments: Moments::planned(ledger, "the prototypes", types * width)?,
+            h: ledger.zeros("cell vectors", "(C, D)", cells * width)?,
+            dh: ledger.zeros("gradient of cell vectors", "(C, D)", cells * width)?,
+            part_h: ledger.zeros("cell vectors of a part", "(C, D)", part_cells * width)?,
+        })
+    }
 }
 
 /// Host copies of a logical batch's vectors under gradient caching.
@@ -95,21 +123,19 @@ impl<B: Backend<A>, A: Act> Refine<B, A> {
             true => Some(MaskedGeneTerm::new(dev, config, trunk.capacity(), mask)?),
             false => None,
         };
-        let len = objective.types() * width;
+        let types = objective.types();
+        let ledger = &mut Ledger::new(dev);
         Ok(Refine {
             masked,
             training,
             names,
             truth,
             refresh,
-            moments: Moments::zeros(dev, len)?,
             // Prototypes are points, not maps: they do not decay.
-            spans: vec![Span { range: 0..len, decay: false }],
+            spans: vec![Span { range: 0..types * width, decay: false }],
             learning_rate,
             depth,
-            h: dev.zeros(cells * width)?,
-            dh: dev.zeros(cells * width)?,
-            part_h: dev.zeros(trunk.capacity().cells * width)?,
+            buffers: Buffers::planned(ledger, types, width, cells, trunk.capacity().cells)?,
             staging: Staging::default(),
             objective,
         })
@@ -133,7 +159,7 @@ impl<B: Backend<A>, A: Act> Refine<B, A> {
         }
         let Trunk { dev, encoder, part, acts, .. } = &mut *trunk;
         let config = &encoder.config;
-        heads::pool(dev, config, config.pooling, part, acts, self.depth, &mut self.part_h)
+        heads::pool(dev, config, config.pooling, part, acts, self.depth, &mut self.buffers.part_h)
     }
 
     /// Gradients of the encoded part from dL/dh of its cells; returns the masked-gene loss summed over the part.
@@ -152,8 +178,8 @@ impl<B: Backend<A>, A: Act> Refine<B, A> {
         let Trunk { dev, encoder, params, part, acts, grads, .. } = &mut *trunk;
         let config = &encoder.config;
         let dh = match dh {
-            DhOf::Batch => &self.dh,
-            DhOf::Part => &self.part_h,
+            DhOf::Batch => &self.buffers.dh,
+            DhOf::Part => &self.buffers.part_h,
         };
         heads::pool_backward(dev, config, config.pooling, part, dh, acts)?;
         match &mut self.masked {
@@ -185,7 +211,7 @@ impl<B: Backend<A>, A: Act> Refine<B, A> {
             .collect::<std::result::Result<_, _>>()
             .map_err(|_| Error::bug("a batch holds a cell that does not train"))?;
         let (dev, scalars) = (&trunk.dev, &mut trunk.scalars);
-        self.objective.step(dev, &rows, &self.h, &mut self.dh, scalars, FIRST_SLOT)?;
+        self.objective.step(dev, &rows, &self.buffers.h, &mut self.buffers.dh, scalars, FIRST_SLOT)?;
         if !read {
             return Ok(Losses::default());
         }
@@ -229,7 +255,7 @@ impl<B: Backend<A>, A: Act> Task<B, A> for Refine<B, A> {
         let mut sum = 0.0;
         let losses = if let [cells] = &logical.parts[..] {
             self.encode(trunk, &logical, cells, draw)?;
-            trunk.dev.copy(&self.part_h, &mut self.h, cells.len() * width)?;
+            trunk.dev.copy(&self.buffers.part_h, &mut self.buffers.h, cells.len() * width)?;
             let losses = self.step(trunk, batch, read)?;
             sum += self.backward(trunk, DhOf::Batch, draw, mlm_scale, read)?;
             losses
@@ -239,14 +265,18 @@ impl<B: Backend<A>, A: Act> Task<B, A> for Refine<B, A> {
             staging.dh.resize(batch.len() * width, 0.0);
             for cells in &logical.parts {
                 self.encode(trunk, &logical, cells, draw)?;
-                trunk.dev.read(&self.part_h, &mut staging.h[cells.start * width..cells.end * width])?;
+                trunk
+                    .dev
+                    .read(&self.buffers.part_h, &mut staging.h[cells.start * width..cells.end * width])?;
             }
-            trunk.dev.write(&mut self.h, &staging.h)?;
+            trunk.dev.write(&mut self.buffers.h, &staging.h)?;
             let losses = self.step(trunk, batch, read)?;
-            trunk.dev.read(&self.dh, &mut staging.dh)?;
+            trunk.dev.read(&self.buffers.dh, &mut staging.dh)?;
             for cells in &logical.parts {
                 self.encode(trunk, &logical, cells, draw)?;
-                trunk.dev.write(&mut self.part_h, &staging.dh[cells.start * width..cells.end * width])?;
+                trunk
+                    .dev
+                    .write(&mut self.buffers.part_h, &staging.dh[cells.start * width..cells.end * width])?;
                 sum += self.backward(trunk, DhOf::Part, draw, mlm_scale, read)?;
             }
             self.staging = staging;
@@ -275,7 +305,7 @@ impl<B: Backend<A>, A: Act> Task<B, A> for Refine<B, A> {
         Some(Own {
             weight,
             grad,
-            moments: &mut self.moments,
+            moments: &mut self.buffers.moments,
             len: self.spans[0].range.end,
             spans: &self.spans,
             learning_rate: self.learning_rate,

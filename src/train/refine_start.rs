@@ -153,24 +153,28 @@ pub fn start<B: Backend<A>, A: Act>(
         refresh,
         learning_rate: settings.optimizer.prototype_learning_rate,
     };
-    Ok(Started { parts, to_write: rows.map(|rows| (rows, q)) })
+    Ok(Started { parts, first: rows.map(|teacher| First { teacher, prototypes: q, width }) })
 }
 
-/// The stage's parts, and what the run folder must keep of them.
+/// The stage's parts, and what the folder of a new run must keep of them.
 pub struct Started<B: Device> {
     /// The parts.
     pub parts: Parts<B>,
-    /// The teacher's embeddings (N, D) and q⁰ (P, D) of a new run.
-    to_write: Option<(Vec<f32>, Vec<f32>)>,
+    /// Of a new run.
+    pub first: Option<First>,
 }
 
-impl<B: Device> Started<B> {
-    /// Writes [`START`] into the run folder, once.
-    pub fn write(&mut self, out: &Path) -> Result<()> {
-        match self.to_write.take() {
-            Some((rows, q)) => write_start(&out.join(START), &rows, &q, q.len() / self.parts.names.len()),
-            None => Ok(()),
-        }
+/// The teacher and the prototypes that a run began with.
+pub struct First {
+    teacher: Vec<f32>,    // (cells, D)
+    prototypes: Vec<f32>, // (P, D)
+    width: usize,
+}
+
+impl First {
+    /// Writes [`START`] into the run folder.
+    pub fn write(&self, out: &Path) -> Result<()> {
+        write_start(&out.join(START), &self.teacher, &self.prototypes, self.width)
     }
 }
 

@@ -6,7 +6,7 @@ use super::inputs::{Opened, RunInputs, open};
 use super::observer::Observer;
 use super::pretrain::Pretrain;
 use super::refine::Refine;
-use super::refine_start::{MarkerInputs, marker_sets, start};
+use super::refine_start::{MarkerInputs, Started, marker_sets, start};
 use super::run::{Session, run};
 use super::summary::RunSummary;
 use super::task::Task;
@@ -152,9 +152,13 @@ fn refine_on<B: Backend<A> + Ceiling, A: Act>(
     let mlm = settings.objective.mlm > 0.0;
     let mut trunk =
         trunk::<B, A>(dev, &opened, |p| learns_below(p, depth, 0) || (mlm && p.name.starts_with("head.")))?;
-    let mut started = start(&mut trunk, &opened, inputs, &markers, &training, labelled, observer)?;
+    let Started { parts, first } =
+        start(&mut trunk, &opened, inputs, &markers, &training, labelled, observer)?;
+    let mut task = Refine::new(&trunk, parts, &settings.mask)?;
     let folder = opened.claim(&inputs.out)?;
-    started.write(&inputs.out)?;
+    if let Some(first) = first {
+        first.write(&inputs.out)?;
+    }
     if opened.resume.is_none() {
         markers.write_gmt(&inputs.out.join("markers.gmt"), &opened.vocab, |_| {
             "as used by this run".to_string()
@@ -165,7 +169,6 @@ fn refine_on<B: Backend<A> + Ceiling, A: Act>(
         json!({"label": inputs.split.label, "types": markers.names, "markers": digest_of(&markers),
             "start": super::refine_start::digest(&inputs.out)?}),
     )?;
-    let mut task = Refine::new(&trunk, started.parts, &settings.mask)?;
     finish(Stage::Refine, opened, folder, inputs, identity, &mut trunk, &mut task, sampler, observer)
 }
 

@@ -101,7 +101,7 @@ impl<B: Backend<A>, A: Act> Trunk<B, A> {
         let layout = params.layout();
         Ok(Trunk {
             grads: Store::planned(&mut ledger, "gradients", layout)?,
-            moments: Moments::zeros(dev, layout.len())?,
+            moments: Moments::planned(&mut ledger, "the network", layout.len())?,
             spans: spans(layout, learns),
             acts: Activations::training(&mut ledger, config, capacity)?,
             part: DeviceBatch::planned(&mut ledger, config, capacity)?,
