@@ -10,7 +10,8 @@
 // own, and so knows each chosen token's place. No atomics.
 //
 // Bytes: 4·N in, 4·N out and 8·M of list; the work is ten Philox rounds a token, about 100 integer instructions, which hide
-// the memory. Compaction reads blocks²/2 numbers from the second-level cache: 0.5 MB for 131,072 tokens.
+// the memory. Compaction reads blocks²/2 numbers from the second-level cache: 0.5 MB for 131,072 tokens. A lane keeps one token,
+// for the vote that makes the word; 4 bytes a lane are whole lines, and 16 would save instructions that the Philox rounds dwarf.
 #include "common.cuh"
 
 struct KERNEL_ARGUMENT MaskRule {

@@ -4,6 +4,7 @@
 //   lse_total    lse_i = M + ln Σ_s l_s e^(m_s - M),  M = max_s m_s                               16·splits·R
 //   rows_total   dz_i = g κ_i (Σ_s e^(m_s - M) O_s / l' - Σ_m mass scale p_column), loss_i         4·splits·R·D in, R·D·a out
 //
+// lse_total uses 8 of the 16 bytes of a row and split, 0.3 MB for 4,096 rows in 8 splits, so it loads 8 at a time.
 // A split that saw only excluded columns has m = -1e30 and counts e^(-1e30 - M) = 0. Splits are added up in order.
 #include "softmax_problem.cuh"
 
