@@ -1,6 +1,7 @@
 //! Walks `kernels/`: reads every kernel's signature, writes the typed launch functions from it, compiles GPU code where nvcc
 //! is, and always compiles the same kernels as host C++ for the emulator. `kernels/` is the one declaration of a launch: a
-//! change there that Rust does not follow is a compile error.
+//! change there that Rust does not follow is a compile error. `tests/toy_kernel/` goes the same way, into this crate's own test
+//! build alone: the example of docs/kernels.md.
 
 #[path = "build/cache.rs"]
 mod cache;
@@ -35,9 +36,15 @@ fn build() -> Result<(), String> {
     for path in ["build.rs", "build", "kernels", ".cuda/nvidia/cu13/bin/nvcc"] {
         println!("cargo::rerun-if-changed={path}");
     }
+    let mut folders = vec![kernels.clone()];
+    let toy = root.join("tests/toy_kernel");
+    if toy.is_dir() {
+        println!("cargo::rerun-if-changed=tests/toy_kernel");
+        folders.push(toy);
+    }
     println!("cargo::rustc-check-cfg=cfg(emulator)");
 
-    let (files, arguments) = read(&kernels)?;
+    let (files, arguments) = read(&folders)?;
     let headers = headers(&kernels)?;
     let mut jobs = Vec::new();
 
@@ -66,21 +73,34 @@ fn build() -> Result<(), String> {
     if emulator {
         println!("cargo::rustc-cfg=emulator");
         let host = emulator_jobs(&files, &kernels, headers, &out)?;
-        objects = host.iter().map(|j| j.output.clone()).collect();
-        jobs.extend(host);
+        objects = host.iter().map(|(test_only, j)| (*test_only, j.output.clone())).collect();
+        jobs.extend(host.into_iter().map(|(_, job)| job));
     }
     cache::run(jobs)?;
     if emulator {
-        cc::Build::new().cpp(true).objects(&objects).cargo_warnings(false).compile("cellrefine_emulator");
+        let (toy, product): (Vec<_>, Vec<_>) = objects.into_iter().partition(|(test_only, _)| *test_only);
+        let archive = |objects: Vec<(bool, PathBuf)>| {
+            let mut archive = cc::Build::new();
+            archive.cpp(true).cargo_warnings(false).objects(objects.into_iter().map(|(_, o)| o));
+            archive
+        };
+        // Linked by an attribute in kernels.rs, in the test build alone.
+        archive(toy).cargo_metadata(false).compile(generate::TEST_ARCHIVE);
+        archive(product).compile("cellrefine_emulator");
     }
     write(&out.join("kernels.rs"), &generate::rust(&files, &arguments, nvcc.is_some(), emulator))
 }
 
-/// All kernel files in order of name, and the argument structs of files and headers.
-fn read(kernels: &Path) -> Result<(Vec<File>, Vec<signature::Argument>), String> {
+/// All kernel files in order of folder and name, and the argument structs of files and headers. What is in a folder after the
+/// first is for tests alone.
+fn read(folders: &[PathBuf]) -> Result<(Vec<File>, Vec<signature::Argument>), String> {
     let (mut files, mut arguments) = (Vec::new(), Vec::new());
     let mut names: Vec<(String, PathBuf)> = Vec::new();
-    for path in sources(kernels)? {
+    let mut paths = Vec::new();
+    for (i, folder) in folders.iter().enumerate() {
+        paths.extend(sources(folder)?.into_iter().map(|path| (i > 0, path)));
+    }
+    for (test_only, path) in paths {
         let text = fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))?;
         let found = signature::parse(&text).map_err(|f| format!("{}:{f}", path.display()))?;
         arguments.extend(found.arguments);
@@ -104,6 +124,8 @@ fn read(kernels: &Path) -> Result<(Vec<File>, Vec<signature::Argument>), String>
             both_acts: found.kernels.iter().any(signature::Kernel::uses_act),
             stem,
             kernels: found.kernels,
+            source: path,
+            test_only,
         });
     }
     for file in &files {
@@ -144,7 +166,13 @@ fn headers(kernels: &Path) -> Result<u64, String> {
 }
 
 /// The emulator and every kernel as host C++: `$OUT_DIR/emulator/STEM_ACT.cpp`.
-fn emulator_jobs(files: &[File], kernels: &Path, headers: u64, out: &Path) -> Result<Vec<Job>, String> {
+/// Each with the answer to: is it for tests alone?
+fn emulator_jobs(
+    files: &[File],
+    kernels: &Path,
+    headers: u64,
+    out: &Path,
+) -> Result<Vec<(bool, Job)>, String> {
     let folder = out.join("emulator");
     fs::create_dir_all(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
     let compiler = cc::Build::new()
@@ -161,28 +189,31 @@ fn emulator_jobs(files: &[File], kernels: &Path, headers: u64, out: &Path) -> Re
         .try_get_compiler()
         .map_err(|e| format!("the emulator needs a C++17 compiler (g++ or clang++): {e}"))?;
     let mut jobs = Vec::new();
-    let mut add = |source: PathBuf, text: String| -> Result<(), String> {
+    let mut add = |source: PathBuf, text: String, file: Option<&File>| -> Result<(), String> {
         let stem = source.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
         let output = folder.join(format!("{stem}.o"));
         let mut command = compiler.to_command();
+        if let Some(folder) = file.filter(|f| f.test_only).and_then(|f| f.source.parent()) {
+            command.arg("-I").arg(folder);
+        }
         command.arg("-I").arg(kernels).arg("-c").arg(&source).arg("-o").arg(&output);
         let key = digest([format!("{command:?}"), text, headers.to_string()]);
-        jobs.push(Job { command, output, key, source });
+        jobs.push((file.is_some_and(|f| f.test_only), Job { command, output, key, source }));
         Ok(())
     };
     let load = |path: &Path| fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()));
     for name in ["cuda_host.cpp", "fiber.cpp"] {
         let path = kernels.join("emulator").join(name);
         let text = load(&path)?;
-        add(path, text)?;
+        add(path, text, None)?;
     }
     for file in files {
-        let kernel = load(&kernels.join(format!("{}.cu", file.stem)))?;
+        let kernel = load(&file.source)?;
         for act in file.acts() {
             let source = folder.join(format!("{}_{act}.cpp", file.stem));
             let text = generate::cpp(file, act);
             write(&source, &text)?;
-            add(source, text + &kernel)?;
+            add(source, text + &kernel, Some(file))?;
         }
     }
     Ok(jobs)

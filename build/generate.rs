@@ -2,6 +2,7 @@
 
 use crate::signature::{Argument, Kernel, Kind, Parameter};
 use std::fmt::Write;
+use std::path::PathBuf;
 
 /// A kernel file with what it declares.
 pub struct File {
@@ -10,7 +11,13 @@ pub struct File {
     pub kernels: Vec<Kernel>,
     /// Compiled for both activation types; otherwise for f32 alone.
     pub both_acts: bool,
+    pub source: PathBuf,
+    /// Everything that is written for it exists in this crate's own test build alone.
+    pub test_only: bool,
 }
+
+/// Static library of the emulated kernels that are for tests alone.
+pub const TEST_ARCHIVE: &str = "cellrefine_test_kernels";
 
 /// Activation types in the order of every two-element table.
 pub const ACTS: [&str; 2] = ["f32", "bf16"];
@@ -18,6 +25,9 @@ pub const ACTS: [&str; 2] = ["f32", "bf16"];
 impl File {
     pub fn acts(&self) -> &'static [&'static str] {
         if self.both_acts { &ACTS } else { &ACTS[..1] }
+    }
+    fn condition(&self) -> &'static str {
+        if self.test_only { "#[cfg(test)]\n" } else { "" }
     }
 }
 
@@ -57,23 +67,28 @@ pub fn rust(files: &[File], arguments: &[Argument], fatbins: bool, emulator: boo
     let _ = writeln!(out, "/// Every kernel, in the order of `KERNELS`.");
     let _ = writeln!(out, "#[derive(Debug, Clone, Copy, PartialEq, Eq)]\npub enum Kernel {{");
     for (_, f, k) in all() {
-        let _ = writeln!(out, "    /// `kernels/{}.cu:{}`.\n    {},", f.stem, k.line, camel(&k.name));
+        let _ =
+            writeln!(out, "    /// `{}.cu:{}`.\n    {}{},", f.stem, k.line, f.condition(), camel(&k.name));
     }
     let _ = writeln!(out, "}}\n");
 
     if emulator {
-        let _ = writeln!(out, "unsafe extern \"C\" {{");
-        for (_, f, k) in all() {
-            for act in f.acts() {
-                let _ = writeln!(out, "    static cellrefine_{act}_{}: EmulatedKernel;", k.name);
+        for test_only in [false, true] {
+            if test_only {
+                let _ = writeln!(out, "#[cfg(test)]\n#[link(name = \"{TEST_ARCHIVE}\", kind = \"static\")]");
             }
+            let _ = writeln!(out, "unsafe extern \"C\" {{");
+            for (_, f, k) in all().filter(|(_, f, _)| f.test_only == test_only) {
+                for act in f.acts() {
+                    let _ = writeln!(out, "    static cellrefine_{act}_{}: EmulatedKernel;", k.name);
+                }
+            }
+            let _ = writeln!(out, "}}\n");
         }
-        let _ = writeln!(out, "}}\n");
     }
-    let count = all().count();
     let _ = writeln!(
         out,
-        "/// Name, place and entry points of every kernel.\npub(crate) static KERNELS: [KernelEntry; {count}] = ["
+        "/// Name, place and entry points of every kernel.\npub(crate) static KERNELS: &[KernelEntry] = &["
     );
     for (i, f, k) in all() {
         let entry = |act: &str| match (emulator, f.acts().contains(&act)) {
@@ -83,7 +98,8 @@ pub fn rust(files: &[File], arguments: &[Argument], fatbins: bool, emulator: boo
         };
         let _ = writeln!(
             out,
-            "    KernelEntry {{ name: \"{}\", file: \"{}\", line: {}, image: {i}, emulated: [{}, {}] }},",
+            "    {}KernelEntry {{ name: \"{}\", file: \"{}\", line: {}, image: {i}, emulated: [{}, {}] }},",
+            f.condition(),
             k.name,
             f.stem,
             k.line,
@@ -94,7 +110,7 @@ pub fn rust(files: &[File], arguments: &[Argument], fatbins: bool, emulator: boo
     let _ = writeln!(out, "];\n");
 
     let _ = writeln!(out, "/// GPU code per kernel file: f32, bf16. Absent without nvcc at build time.");
-    let _ = writeln!(out, "pub(crate) static IMAGES: [[Option<&[u8]>; 2]; {}] = [", files.len());
+    let _ = writeln!(out, "pub(crate) static IMAGES: &[[Option<&[u8]>; 2]] = &[");
     for f in files {
         let image = |act: &str| {
             if fatbins && f.acts().contains(&act) {
@@ -103,7 +119,7 @@ pub fn rust(files: &[File], arguments: &[Argument], fatbins: bool, emulator: boo
                 "None".into()
             }
         };
-        let _ = writeln!(out, "    [{}, {}],", image("f32"), image("bf16"));
+        let _ = writeln!(out, "    {}[{}, {}],", f.condition(), image("f32"), image("bf16"));
     }
     let _ = writeln!(out, "];\n");
 
@@ -118,13 +134,13 @@ pub fn rust(files: &[File], arguments: &[Argument], fatbins: bool, emulator: boo
         let _ = writeln!(out, "}}\n");
     }
     for (_, f, k) in all() {
-        launch_function(&mut out, &f.stem, k);
+        launch_function(&mut out, f, k);
     }
     out
 }
 
-fn launch_function(out: &mut String, stem: &str, k: &Kernel) {
-    let _ = writeln!(out, "/// Launches `{}` of `kernels/{stem}.cu:{}`.\n///", k.name, k.line);
+fn launch_function(out: &mut String, file: &File, k: &Kernel) {
+    let _ = writeln!(out, "/// Launches `{}` of `{}.cu:{}`.\n///", k.name, file.stem, k.line);
     for p in &k.parameters {
         if let Some(shape) = &p.shape {
             let _ = writeln!(out, "/// - `{}`: {}", p.name, shape.replace('[', "\\[").replace(']', "\\]"));
@@ -134,8 +150,12 @@ fn launch_function(out: &mut String, stem: &str, k: &Kernel) {
     let _ = writeln!(out, "#[allow(clippy::too_many_arguments)] // a kernel's argument list");
     let generic = if k.uses_act() { "<A: Act>" } else { "" };
     let act = if k.uses_act() { "act_index::<A>()" } else { "0" };
-    let _ =
-        writeln!(out, "pub(crate) fn {}{generic}(\n    cuda: &Cuda,\n    grid: Grid,", rust_name(&k.name));
+    let _ = writeln!(
+        out,
+        "{}pub(crate) fn {}{generic}(\n    cuda: &Cuda,\n    grid: Grid,",
+        file.condition(),
+        rust_name(&k.name)
+    );
     for p in &k.parameters {
         let _ = writeln!(out, "    {}: {},", rust_name(&p.name), rust_type(p));
     }

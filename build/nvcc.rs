@@ -65,7 +65,7 @@ impl Nvcc {
         }
         let mut jobs = Vec::new();
         for file in files {
-            let source = kernels.join(format!("{}.cu", file.stem));
+            let source = file.source.clone();
             let text = std::fs::read_to_string(&source).map_err(|e| format!("{}: {e}", source.display()))?;
             for act in file.acts() {
                 let output = out.join(format!("{}_{act}.fatbin", file.stem));

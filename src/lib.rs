@@ -24,6 +24,9 @@
 // Module pages point at their private parts: whoever reads them reads the source as well.
 #![allow(rustdoc::private_intra_doc_links)]
 
+#[cfg(test)]
+extern crate self as cellrefine; // as the harness in tests/common says
+
 pub mod backend;
 pub mod bench;
 pub mod cli;

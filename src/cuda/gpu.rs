@@ -174,7 +174,7 @@ impl Gpu {
 
     fn load(&self) -> Result<Vec<[Option<Function>; 2]>> {
         let mut modules = Vec::new();
-        for images in &IMAGES {
+        for images in IMAGES {
             let module = |image: Option<&'static [u8]>| {
                 let Some(image) = image else { return Ok(None) };
                 // SAFETY: a fatbin that nvcc wrote.
@@ -184,7 +184,7 @@ impl Gpu {
             modules.push([module(images[0])?, module(images[1])?]);
         }
         let mut functions = Vec::new();
-        for kernel in &KERNELS {
+        for kernel in KERNELS {
             let function = |module: Option<sys::CUmodule>| {
                 let Some(module) = module else { return Ok(None) };
                 let name = CString::new(kernel.name).map_err(|e| Error::bug(e.to_string()))?;

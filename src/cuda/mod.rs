@@ -27,6 +27,9 @@ mod reduce;
 mod rows;
 mod sort;
 mod structure;
+#[cfg(test)]
+#[path = "../../tests/toy_kernel/mod.rs"]
+mod toy_kernel;
 mod workspace;
 
 pub use buffer::Buf;

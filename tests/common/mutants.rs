@@ -41,15 +41,22 @@ pub fn prefix(module: &str) -> String {
 
 /// Every mutant of kernel file `stem` fails a test whose name starts with `prefix` + `emulated_`.
 pub fn each_is_caught(stem: &str, prefix: &str) {
+    each_is_caught_in("kernels", "kernels/mutants", stem, prefix);
+}
+
+/// The same for a kernel in another folder, with its list in `lists`.
+pub fn each_is_caught_in(folder: &str, lists: &str, stem: &str, prefix: &str) {
     let Some(compiler) = compiler() else {
         eprintln!("skipped: no C++ compiler (CXX, c++, g++, clang++) to build mutants with");
         return;
     };
-    let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
-    let list = kernels.join("mutants").join(format!("{stem}.toml"));
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let (kernels, own) = (root.join("kernels"), root.join(folder));
+    let list = root.join(lists).join(format!("{stem}.toml"));
     let list: Mutants = toml::from_str(&std::fs::read_to_string(list).unwrap()).unwrap();
     let folder = tempfile::tempdir().unwrap();
-    let bench = Bench { compiler, kernels, folder: folder.path().into(), stem: stem.into(), sanitize: false };
+    let bench =
+        Bench { compiler, kernels, own, folder: folder.path().into(), stem: stem.into(), sanitize: false };
     let runtime = bench.runtime();
 
     let control = bench.build("control", None, &runtime);
@@ -84,7 +91,8 @@ pub fn sanitizers_are_silent(stem: &str, prefix: &str) {
     let compiler = compiler().expect("a C++ compiler with the sanitizers' libraries");
     let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
     let folder = tempfile::tempdir().unwrap();
-    let bench = Bench { compiler, kernels, folder: folder.path().into(), stem: stem.into(), sanitize: true };
+    let (own, stem) = (kernels.clone(), stem.into());
+    let bench = Bench { compiler, kernels, own, folder: folder.path().into(), stem, sanitize: true };
     let library = bench.build("sanitized", None, &bench.runtime());
     for schedule in SCHEDULES {
         let output = bench.command(&library, prefix, schedule).output().unwrap();
@@ -108,6 +116,8 @@ fn compiler() -> Option<String> {
 struct Bench {
     compiler: String,
     kernels: PathBuf,
+    /// Where the kernel file itself is.
+    own: PathBuf,
     folder: PathBuf,
     stem: String,
     sanitize: bool,
@@ -142,8 +152,11 @@ impl Bench {
         let folder = self.folder.join(name);
         std::fs::create_dir_all(&folder).unwrap();
         if let Some(mutant) = mutant {
-            let file = mutant.file.clone().unwrap_or(format!("{}.cu", self.stem));
-            let text = std::fs::read_to_string(self.kernels.join(&file)).unwrap();
+            let (from, file) = match &mutant.file {
+                Some(file) => (&self.kernels, file.clone()),
+                None => (&self.own, format!("{}.cu", self.stem)),
+            };
+            let text = std::fs::read_to_string(from.join(&file)).unwrap();
             assert_eq!(text.matches(&mutant.old).count(), 1, "{file}: stands once: {:?}", mutant.old);
             // Headers include one another by their own folder, so all of them move with the mutated one.
             for entry in std::fs::read_dir(&self.kernels).unwrap() {
@@ -159,14 +172,14 @@ impl Bench {
             flag.push(path);
             flag
         };
-        let (mutated, original) = (include(&folder), include(&self.kernels));
+        let [mutated, own, original] = [&folder, &self.own, &self.kernels].map(|path| include(path));
         let mut objects = runtime.to_vec();
         for act in ["f32", "bf16"] {
             let source = Path::new(env!("OUT_DIR")).join("emulator").join(format!("{}_{act}.cpp", self.stem));
             if source.exists() {
                 let object = folder.join(format!("{act}.o"));
                 let io = ["-c".as_ref(), source.as_os_str(), "-o".as_ref(), object.as_ref()];
-                self.compile(&[&[mutated.as_ref(), original.as_ref()], &io[..]].concat());
+                self.compile(&[&[mutated.as_ref(), own.as_ref(), original.as_ref()], &io[..]].concat());
                 objects.push(object);
             }
         }
