@@ -15,7 +15,7 @@
 //
 // Must move: q, k, v in and o out, 4·N·D·a bytes (a = 4 or 2), and 4·N·H of lse; each block reads its cells' K and V again, from
 // the second-level cache: 2·D·a·Σ len²/64 bytes. FLOPs: 4·D·Σ len², and one exp a pair and head.
-// Shared memory, KiB at K = 32, 64, 128: bf16 25.8, 45.8, 51.5; f32 62.8, 60.5, 71.4. Registers: docs/attention.md.
+// Shared memory, KiB at K = 32, 64, 128: bf16 25.8, 45.8, 51.5; f32 62.8, 60.5, 71.4. Registers: docs/kernels-attention.md.
 #include "gene_attention.cuh"
 
 constexpr float LOG2_E = 1.4426950408889634f;

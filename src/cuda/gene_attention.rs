@@ -1,5 +1,5 @@
 //! Attention over packed cells: geometry of `kernels/gene_attention*.cu`. Formula in [`crate::ops::gene_attention`], tiling in
-//! `kernels/gene_attention.cuh` and `docs/attention.md`.
+//! `kernels/gene_attention.cuh` and `docs/kernels-attention.md`.
 
 use super::functions::{AttentionShape, gene_attention_order};
 use super::functions::{gene_attention_dkv_32, gene_attention_dkv_64, gene_attention_dkv_128};
