@@ -6,7 +6,7 @@ use crate::corpus::Corpus;
 use crate::device::Act;
 use crate::error::Result;
 use crate::eval::annotate::{Request, annotate};
-use crate::eval::evaluate::MarkerChoice;
+use crate::eval::request::MarkerChoice;
 use crate::eval::zero_shot::Evidence;
 use crate::objective::PrototypeMode;
 use crate::on_backend;

@@ -6,8 +6,9 @@
 //! through: memory does not grow with them, unless prototypes are made from cells.
 
 use super::embed::{EmbedOptions, Embedder};
-use super::evaluate::{MarkerChoice, build_prototypes, origin, recorded};
 use super::npy::Pending;
+use super::prototypes::{build_prototypes, origin};
+use super::request::{MarkerChoice, recorded};
 use super::rows::Rows;
 use super::zero_shot::{Evidence, MarkerScale, TEMPERATURE, combine, cosines, posterior, top};
 use crate::corpus::{Corpus, Split};

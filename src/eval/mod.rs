@@ -4,6 +4,8 @@
 //! scikit-learn's and scib's definitions, against which golden tests hold them. Nothing depends on the number of threads.
 
 pub mod annotate;
+mod cells;
+mod class_names;
 pub mod clustering;
 pub mod embed;
 pub mod evaluate;
@@ -15,9 +17,12 @@ pub mod metrics;
 pub mod mixing;
 pub mod npy;
 pub mod probe;
+mod prototypes;
+pub mod request;
 pub mod rows;
 pub mod silhouette;
 pub mod summary;
+mod types;
 pub mod zero_shot;
 
 pub use rows::Rows;

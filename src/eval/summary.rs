@@ -35,7 +35,7 @@ pub struct Evaluation {
     /// Where the split came from, for people.
     pub split_origin: String,
     /// The cells that were scored.
-    pub part: super::evaluate::Part,
+    pub part: super::request::Part,
     /// The split.
     pub split: SplitRecord,
     /// Labelled training cells used.
@@ -131,8 +131,8 @@ impl Evaluation {
             self.train_cells,
             self.test_cells,
             match self.part {
-                super::evaluate::Part::Test => "test",
-                super::evaluate::Part::Val => "validation",
+                super::request::Part::Test => "test",
+                super::request::Part::Val => "validation",
             }
         );
         let _ = writeln!(

@@ -41,7 +41,7 @@ pub struct Session<'a> {
     pub resume_command: Option<String>,
     /// Validation cells, already thinned; may be empty.
     pub validation: Vec<u32>,
-    /// FLOP/s of this machine's best matmul, where it was measured.
+    /// FLOP/s that this machine can reach, where it was measured.
     pub peak_flop_per_s: Option<f64>,
     /// Who watches.
     pub observer: &'a mut dyn Observer,
