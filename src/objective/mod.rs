@@ -29,12 +29,13 @@ mod config;
 pub mod imbalance;
 pub mod prototype_file;
 pub mod prototypes;
+mod state;
 pub mod targets;
 mod teacher;
 mod terms;
 
 pub use config::{ObjectiveConfig, PrototypeMode};
 pub use prototype_file::StoredPrototypes;
+pub use state::{Losses, Objective, SLOTS, Start};
 pub use targets::CellTargets;
 pub use teacher::Teacher;
-pub use terms::{Losses, Objective, SLOTS, Start};

@@ -1,5 +1,7 @@
 //! Small `.h5ad` files made on the spot, right or wrong in one chosen way.
 
+#![allow(dead_code)] // not every test file uses all of it
+
 use hdf5_pure::{AttrValue, FileBuilder};
 use std::path::Path;
 
