@@ -18,6 +18,7 @@ use crate::ops::linear::Dims;
 use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys;
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::c_void;
 use std::ptr;
 use std::sync::{Mutex, PoisonError};
@@ -184,10 +185,10 @@ impl Products {
         let addresses = [operands.a, operands.b, operands.d, operands.bias];
         let shape = Shape { aligned: addresses.iter().all(|p| p % 16 == 0), ..shape };
         let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
-        if !plans.contains_key(&shape) {
-            plans.insert(shape, self.plan(shape)?);
-        }
-        let plan = &plans[&shape];
+        let plan = match plans.entry(shape) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(new) => new.insert(self.plan(shape)?),
+        };
         if shape.bias {
             let attribute = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
             set(plan.operation, attribute, &operands.bias)?;

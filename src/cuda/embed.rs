@@ -6,7 +6,7 @@ use super::functions::{
 use super::layernorm::warps;
 use super::sort::{counts, sort_by_key};
 use super::{Buf, Cuda, Grid};
-use crate::device::{Act, Device};
+use crate::device::Act;
 use crate::error::Result;
 use crate::ops::embed::{BackwardIn, Dims, Embed, Gradients, Out, Tables};
 
@@ -19,11 +19,10 @@ const PLACES: usize = 8 * CHUNK;
 /// Columns of a block there: a pack of 8 for each lane of a warp.
 const COLUMNS: usize = 256;
 
-/// Tables that the kernels take as null where the model has none.
-fn values<'a, B: Device, A: Act>(
-    dims: Dims,
-    tables: &Tables<'a, B, A>,
-) -> (Option<&'a B::Buf<u32>>, Option<&'a B::Buf<A>>) {
+/// Bins and their table, which the kernels take as null where the model has none.
+type Values<'a, A> = (Option<&'a Buf<u32>>, Option<&'a Buf<A>>);
+
+fn values<'a, A: Act>(dims: Dims, tables: &Tables<'a, Cuda, A>) -> Values<'a, A> {
     let some = dims.value_bins > 0;
     (tables.value_bin.filter(|_| some), tables.value_table.filter(|_| some))
 }

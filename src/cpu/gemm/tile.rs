@@ -6,6 +6,8 @@
 //! Eleven loads per 24 multiply-adds leave the multiply-add unit as the bound, and 24 independent sums hide its latency; a
 //! last panel of 16 columns still has eight. The result is left in memory (`Tile`), in the first-level cache.
 
+#![allow(clippy::needless_range_loop)] // registers go by number, as in the picture above
+
 /// Rows of a tile.
 pub const TILE_ROWS: usize = 8;
 /// Columns of a tile: three AVX-512 registers.
