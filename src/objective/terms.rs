@@ -20,7 +20,7 @@ use crate::ops::structure::{self, Structure};
 
 impl<B: Normalize + Anchor + Structure + PrototypeLoss<f32> + Reduce> Objective<B> {
     /// One logical batch: `cells` (rows of the teacher's table), their vectors h (C, D); sets dh (C, D), adds to the
-    /// prototypes' gradient, sets [`SLOTS`] scalars from `slot` on.
+    /// prototypes' gradient, sets [`super::SLOTS`] scalars from `slot` on.
     pub fn step(
         &mut self,
         dev: &B,
