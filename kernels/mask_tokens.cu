@@ -57,7 +57,6 @@ extern "C" __global__ void __launch_bounds__(256) mask_compact(
     const unsigned* count,   // (blocks)
     unsigned* index,         // (N)
     int* target,             // (N)
-    unsigned* masked,        // (1) M
     int tokens) {
   SHARED(unsigned, sums, [8]);
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, t = blockIdx.x * 256 + threadIdx.x;
@@ -68,7 +67,6 @@ extern "C" __global__ void __launch_bounds__(256) mask_compact(
   __syncthreads();
   unsigned place = 0;
   for (int w = 0; w < 8; w++) place += sums[w];
-  if (blockIdx.x == gridDim.x - 1 && threadIdx.x == 0) masked[0] = place + count[blockIdx.x];
   if (t >= tokens) return;
   for (int w = 0; w < warp; w++) place += __popc(chosen[blockIdx.x * 8 + w]);
   unsigned bits = chosen[t / 32];

@@ -1,6 +1,7 @@
 // reduce.cu: sums of long arrays in f64 and of the columns of small matrices in f32, each in an order that the shape decides.
 //
-//   reduce_blocks, then reduce_total:  scalars[slot] = Σ x  or  Σ x²
+//   reduce_blocks, then reduce_total:  scalars[slot] = Σ x  or  Σ x², or onto it
+//   reduce_first_bad:                  scalars[slot] = place of the first NaN or infinity, where scalars[when] is one
 //   reduce_columns:                    first ++ second += Σ_rows partial
 //
 // A block adds up SPAN elements, a thread every 256th group of 4 of them, in f64; one more block adds up the blocks. The
@@ -41,12 +42,38 @@ extern "C" __global__ void __launch_bounds__(256) reduce_blocks(
 extern "C" __global__ void __launch_bounds__(256) reduce_total(
     const double* sums,  // (blocks)
     double* scalars,     // (slots)
-    int blocks, int slot) {
+    int blocks, int slot, int add) {
   SHARED(double, partial, [8]);
   double sum = 0.0;
   for (int i = threadIdx.x; i < blocks; i += 256) sum += sums[i];
   sum = block_sum(sum, partial);
-  if (threadIdx.x == 0) scalars[slot] = sum;
+  if (threadIdx.x == 0) scalars[slot] = add ? scalars[slot] + sum : sum;
+}
+
+// One block looks for the place, and only where the sum says that there is one: in a good step this reads 8 bytes, so its
+// accesses are 4 bytes wide. It stops at the first 1,024 elements that hold a bad one.
+extern "C" __global__ void __launch_bounds__(256) reduce_first_bad(
+    const float* x,   // (n)
+    double* scalars,  // (slots) [slot] = the place, or n
+    unsigned long long n, int when, int slot) {
+  SHARED(int, bad_of, [256]);
+  if (fabs(scalars[when]) < INFINITY) return;  // the same in every thread
+  for (unsigned long long start = 0; start < n; start += 4 * 256) {
+    int bad = 4;  // the first of this thread's four
+    for (int i = 3; i >= 0; i--) {
+      unsigned long long place = start + 4 * threadIdx.x + i;
+      if (place < n && !(fabsf(x[place]) < INFINITY)) bad = i;
+    }
+    bad_of[threadIdx.x] = bad;
+    if (__syncthreads_count(bad < 4) == 0) continue;
+    if (threadIdx.x == 0) {
+      int thread = 0;
+      while (bad_of[thread] == 4) thread++;
+      scalars[slot] = (double)(start + 4 * thread + bad_of[thread]);
+    }
+    return;
+  }
+  if (threadIdx.x == 0) scalars[slot] = (double)n;
 }
 
 // A block owns 32 columns; its 8 warps take the rows in turn, and warp 0 adds up the warps in order.

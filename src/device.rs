@@ -70,6 +70,36 @@ pub trait Len {
     }
 }
 
+/// A read that is on its way; the call waits for it and gives the values.
+pub type Later<T> = Box<dyn FnOnce() -> Result<Vec<T>> + Send>;
+
+/// The largest sizes of a run's steps: what the memory that kernels work in is made for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct StepSizes {
+    /// N of a part.
+    pub tokens: usize,
+    /// C of a part.
+    pub cells: usize,
+    /// C of a logical batch.
+    pub batch_cells: usize,
+    /// Tokens of the longest cell.
+    pub longest: usize,
+    /// M of a part; 0 without a masked-gene term.
+    pub masked: usize,
+    /// D.
+    pub width: usize,
+    /// H.
+    pub heads: usize,
+    /// F.
+    pub ffn: usize,
+    /// V.
+    pub vocab: usize,
+    /// P of `refine`, classes of `finetune`, else 0.
+    pub types: usize,
+    /// Elements of the network's flat store.
+    pub parameters: usize,
+}
+
 /// A device: where buffers live and ops run. Cheap to clone (a handle).
 pub trait Device: Sized + Clone + Send + Sync + 'static {
     /// Memory of this device, or a part of such memory. Not `Clone`: a copy of device memory is never made by accident.
@@ -80,6 +110,12 @@ pub trait Device: Sized + Clone + Send + Sync + 'static {
 
     /// `len` zeros. Fails with the bytes asked for when memory runs out (exit 4).
     fn zeros<T: Element>(&self, len: usize) -> Result<Self::Buf<T>>;
+
+    /// Makes the memory that kernels of such steps work in, where the device would otherwise allocate it within a step.
+    fn reserve<A: Act>(&self, sizes: &StepSizes) -> Result<()> {
+        let _ = sizes;
+        Ok(())
+    }
 
     /// Host to device; `host` may be shorter than `buf`, the rest keeps its content.
     fn write<T: Element>(&self, buf: &mut Self::Buf<T>, host: &[T]) -> Result<()>;
@@ -92,6 +128,26 @@ pub trait Device: Sized + Clone + Send + Sync + 'static {
 
     /// Device to device, the first `len` elements.
     fn copy<T: Element>(&self, from: &Self::Buf<T>, to: &mut Self::Buf<T>, len: usize) -> Result<()>;
+
+    /// Device to device: elements `range` of `from` to those of `to` from `start` on.
+    fn copy_part<T: Element>(
+        &self,
+        from: &Self::Buf<T>,
+        range: Range<usize>,
+        to: &mut Self::Buf<T>,
+        start: usize,
+    ) -> Result<()> {
+        let len = range.len();
+        // SAFETY: the handles end with this call, which borrows `from` for reading and `to` for writing.
+        let (from, mut to) = unsafe { (self.part(from, range), self.part(to, start..start + len)) };
+        self.copy(&from, &mut to, len)
+    }
+
+    /// Device to host without waiting: `buf` as all work queued so far leaves it, whatever is queued later.
+    fn read_later<T: Element>(&self, buf: &Self::Buf<T>) -> Result<Later<T>> {
+        let host = self.download(buf)?;
+        Ok(Box::new(|| Ok(host)))
+    }
 
     /// A second handle to elements `range` of `buf`, kept alive independently of it.
     ///

@@ -396,6 +396,39 @@ fn too_many_bad_steps_in_a_row_stop_the_run() {
     assert_eq!((summary.steps, summary.bad_steps), (9, 2));
 }
 
+/// Steps that are not logged are settled one step late: with the same weights, notes and end.
+#[test]
+fn bad_steps_that_are_not_logged_count_all_the_same() {
+    let case = Case::new();
+    let set = ["train.steps=8", "train.max_bad_steps=3", "train.eval_every=1000"];
+    let run = |out: &str, every: &str, stops: &[u64], resume| {
+        let mut inputs = case.inputs(out, &[&set[..], &[every]].concat());
+        inputs.resume = resume;
+        let mut script = Script { poisons: vec![2, 4, 5], stops: stops.to_vec(), ..Script::default() };
+        let summary = stages::pretrain(&inputs, &mut script);
+        script.notes.retain(|note| note.contains("skipped"));
+        (summary, script.notes)
+    };
+    let (logged, notes) = run("logged", "train.log_every=1", &[], Resume::No);
+    let (quiet, late) = run("quiet", "train.log_every=1000", &[], Resume::No);
+    let (logged, quiet) = (logged.unwrap(), quiet.unwrap());
+    assert!(files(&logged.checkpoint) == files(&quiet.checkpoint) && logged.bad_steps == 3);
+    assert_eq!((notes.len(), &notes), (3, &late));
+    // Stopped right behind a bad step, and within a row of two.
+    for stop in [2, 4] {
+        let out = format!("stopped-{stop}");
+        let (stopped, _) = run(&out, "train.log_every=1000", &[stop], Resume::No);
+        assert_eq!(stopped.unwrap_err().kind(), Kind::Interrupted);
+        let (resumed, _) = run(&out, "train.log_every=1000", &[], Resume::Last);
+        assert!(files(&logged.checkpoint) == files(&resumed.unwrap().checkpoint), "stopped at {stop}");
+    }
+    let inputs = case.inputs("end", &[&set[..], &["train.log_every=1000"]].concat());
+    let mut script = Script { poisons: vec![4, 5, 6], ..Script::default() };
+    let e = stages::pretrain(&inputs, &mut script).unwrap_err();
+    assert!(e.kind().exit_code() == 6 && e.to_string().contains("step 6, gradient of word"), "{e}");
+    assert!(inputs.out.join("bad-step-6.json").exists());
+}
+
 #[test]
 fn another_corpus_setting_or_label_is_refused() {
     let case = Case::new();

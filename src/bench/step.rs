@@ -99,7 +99,7 @@ impl<B: Backend<A>, A: Act> Step<B, A> {
         batch.upload_cells(dev, &config, &genes, &cell_start, None)?;
         let head = if case.mlm {
             let mut head = MaskedGenes::planned(&mut ledger, &config, capacity, masking)?;
-            head.mask(dev, &config, &batch, masking)?;
+            head.mask(dev, &config, &batch, masking, masking.count(&config, &genes, 0))?;
             Some(head)
         } else {
             None

@@ -8,7 +8,7 @@ use crate::ops::mask_tokens::{Dims, MaskTokens, Out, words_below};
 use crate::rng::{site, stream_block};
 
 impl MaskTokens for Cpu {
-    fn mask_tokens(&self, dims: Dims, gene: &Self::Buf<u32>, out: Out<'_, Self>) -> Result<usize> {
+    fn mask_tokens(&self, dims: Dims, gene: &Self::Buf<u32>, out: Out<'_, Self>) -> Result<()> {
         let chosen = words_below(dims.probability as f64);
         let masked = words_below(dims.mask_share as f64);
         let random = words_below(dims.mask_share as f64 + dims.random_share as f64);
@@ -33,6 +33,6 @@ impl MaskTokens for Cpu {
             out.target[count] = original as i32;
             count += 1;
         }
-        Ok(count)
+        Ok(())
     }
 }

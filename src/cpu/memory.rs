@@ -1,6 +1,7 @@
 //! What the CPU backend holds: bytes in buffers, counted where they are allocated, and bytes of scratch, counted where it grows.
 //! `plan` is held against these numbers.
 
+use crate::device::StepSizes;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 static BUFFERS: AtomicU64 = AtomicU64::new(0);
@@ -49,28 +50,9 @@ pub(super) fn scratch_freed(bytes: usize) {
     SCRATCH.fetch_sub(bytes as u64, Relaxed);
 }
 
-/// The sizes that scratch depends on. Shape letters as everywhere.
-#[derive(Debug, Clone, Copy)]
-pub struct Sizes {
-    /// N of a part.
-    pub tokens: usize,
-    /// Tokens of the longest cell.
-    pub longest: usize,
-    /// D.
-    pub width: usize,
-    /// H.
-    pub heads: usize,
-    /// F.
-    pub ffn: usize,
-    /// V.
-    pub vocab: usize,
-    /// Are prototypes or the vocabulary behind a streaming softmax?
-    pub softmax: bool,
-}
-
 /// Scratch of a training step on `threads` threads, by kernel: what each needs where it alone had run. Blocks are shared between
 /// kernels, and a thread that steals a task takes a further one, so the sum is an estimate and no bound.
-pub fn scratch_estimate(s: Sizes, threads: usize) -> Vec<(&'static str, &'static str, u64)> {
+pub fn scratch_estimate(s: &StepSizes, threads: usize) -> Vec<(&'static str, &'static str, u64)> {
     let lanes = |n: usize| n.next_multiple_of(16);
     let head = lanes(s.width / s.heads.max(1));
     // Panels of Q, K, V and their gradients for one cell and head, and a tile; cut cells add dK and dV of up to four items.
@@ -81,7 +63,7 @@ pub fn scratch_estimate(s: Sizes, threads: usize) -> Vec<(&'static str, &'static
     let blocks =
         threads * (32 * (128 * 8 + 16) + 128 * lanes(s.width.max(s.ffn)).min(528) + 64 * s.width.max(s.ffn));
     let embed = s.vocab + 5 * s.tokens + threads * 3 * s.width;
-    let softmax = match s.softmax {
+    let softmax = match s.masked + s.types > 0 {
         true => threads * (3 * 120 * 96 + (2 * 120 + 3 * 96) * s.width.next_multiple_of(32) + 8 * 96),
         false => 0,
     };

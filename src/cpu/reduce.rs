@@ -3,7 +3,7 @@
 use crate::cpu::simd::vectorized;
 use crate::cpu::{Cpu, scratch};
 use crate::error::Result;
-use crate::ops::reduce::Reduce;
+use crate::ops::reduce::{Reduce, Sum};
 use rayon::prelude::*;
 
 /// Elements per block and task.
@@ -41,25 +41,30 @@ fn total(x: &[f32], squared: bool) -> f64 {
 }
 
 impl Reduce for Cpu {
-    fn reduce_sum(
+    fn reduce(
         &self,
         x: &Self::Buf<f32>,
         len: usize,
+        sum: Sum,
         scalars: &mut Self::Buf<f64>,
         slot: usize,
     ) -> Result<()> {
-        scalars[slot] = total(&x[..len], false);
+        let before = if sum.add { scalars[slot] } else { 0.0 };
+        scalars[slot] = before + total(&x[..len], sum.squared);
         Ok(())
     }
 
-    fn reduce_sum_squares(
+    fn reduce_first_bad(
         &self,
         x: &Self::Buf<f32>,
         len: usize,
         scalars: &mut Self::Buf<f64>,
+        when: usize,
         slot: usize,
     ) -> Result<()> {
-        scalars[slot] = total(&x[..len], true);
+        if !scalars[when].is_finite() {
+            scalars[slot] = x[..len].iter().position(|x| !x.is_finite()).unwrap_or(len) as f64;
+        }
         Ok(())
     }
 }

@@ -3,6 +3,7 @@
 use super::functions::Kernel;
 use crate::error::Result;
 use std::ffi::c_void;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// Launch geometry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,6 +33,42 @@ impl Grid {
     pub(super) fn is_empty(&self) -> bool {
         self.blocks.contains(&0)
     }
+}
+
+/// What this process has asked of its devices so far, all together: what may stop a device, or the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Traffic {
+    /// Memory allocated.
+    pub allocations: u64,
+    /// Copies from the host.
+    pub uploads: u64,
+    /// Copies to the host that were waited for, and with them all work before.
+    pub downloads: u64,
+    /// Copies to the host that were only queued.
+    pub later_reads: u64,
+}
+
+static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+static UPLOADS: AtomicU64 = AtomicU64::new(0);
+static DOWNLOADS: AtomicU64 = AtomicU64::new(0);
+static LATER_READS: AtomicU64 = AtomicU64::new(0);
+
+/// The counts now.
+pub fn traffic() -> Traffic {
+    Traffic {
+        allocations: ALLOCATIONS.load(Relaxed),
+        uploads: UPLOADS.load(Relaxed),
+        downloads: DOWNLOADS.load(Relaxed),
+        later_reads: LATER_READS.load(Relaxed),
+    }
+}
+
+/// A copy to the host that was queued.
+pub(super) enum LaterRead {
+    Gpu(super::pinned::Block),
+    /// As it was when it was queued: launches are over when they return.
+    #[cfg(emulator)]
+    Emulated(Vec<u8>),
 }
 
 /// What runs the kernels.
@@ -65,6 +102,7 @@ impl Driver {
     /// # Errors
     /// Out of memory (4).
     pub(super) fn allocate(&self, bytes: usize) -> Result<u64> {
+        ALLOCATIONS.fetch_add(1, Relaxed);
         each!(self, d => d.allocate(bytes))
     }
 
@@ -82,6 +120,7 @@ impl Driver {
     /// # Safety
     /// The device range lies within one allocation.
     pub(super) unsafe fn upload(&self, to: u64, host: &[u8]) -> Result<()> {
+        UPLOADS.fetch_add(1, Relaxed);
         // SAFETY: passed on.
         each!(self, d => unsafe { d.upload(to, host) })
     }
@@ -91,8 +130,33 @@ impl Driver {
     /// # Safety
     /// The device range lies within one allocation.
     pub(super) unsafe fn download(&self, from: u64, host: &mut [u8]) -> Result<()> {
+        DOWNLOADS.fetch_add(1, Relaxed);
         // SAFETY: passed on.
         each!(self, d => unsafe { d.download(from, host) })
+    }
+
+    /// Queues a copy of a few bytes to the host, behind all work that was queued before; waits for nothing.
+    ///
+    /// # Safety
+    /// The device range lies within one allocation.
+    pub(super) unsafe fn read_later(&self, from: u64, bytes: usize) -> Result<LaterRead> {
+        LATER_READS.fetch_add(1, Relaxed);
+        // SAFETY: passed on.
+        each!(self, d => unsafe { d.read_later(from, bytes) })
+    }
+
+    /// Waits for a queued copy, and for no work behind it; fills `host`, of as many bytes.
+    pub(super) fn finish_read(&self, read: LaterRead, host: &mut [u8]) -> Result<()> {
+        match (self, read) {
+            (Driver::Gpu(gpu), LaterRead::Gpu(block)) => gpu.finish_read(block, host),
+            #[cfg(emulator)]
+            (_, LaterRead::Emulated(bytes)) => {
+                host.copy_from_slice(&bytes);
+                Ok(())
+            }
+            #[cfg(emulator)]
+            _ => unreachable!("a read keeps the device that queued it"),
+        }
     }
 
     /// Zeros.

@@ -5,6 +5,7 @@ use super::functions::{
 };
 use super::layernorm::warps;
 use super::sort::{counts, sort_by_key};
+use super::workspace::bytes;
 use super::{Buf, Cuda, Grid};
 use crate::device::Act;
 use crate::error::Result;
@@ -25,6 +26,26 @@ type Values<'a, A> = (Option<&'a Buf<u32>>, Option<&'a Buf<A>>);
 fn values<'a, A: Act>(dims: Dims, tables: &Tables<'a, Cuda, A>) -> Values<'a, A> {
     let some = dims.value_bins > 0;
     (tables.value_bin.filter(|_| some), tables.value_table.filter(|_| some))
+}
+
+/// Numbers that the backward pass works in.
+fn lengths(tokens: usize, width: usize, blocks: usize) -> [usize; 8] {
+    let (chunks, sweep_blocks) = (tokens.div_ceil(CHUNK), tokens.div_ceil(PLACES));
+    [
+        tokens,
+        tokens,
+        blocks * 2 * width,
+        chunks * 2 * width,
+        sweep_blocks * width,
+        counts(tokens),
+        tokens,
+        tokens,
+    ]
+}
+
+/// Bytes of workspace for at most so many tokens.
+pub(super) fn most_bytes(tokens: usize, width: usize) -> usize {
+    bytes::<f32>(&lengths(tokens, width, tokens.div_ceil(TOKENS_PER_BLOCK).min(MOST_BLOCKS)))
 }
 
 impl<A: Act> Embed<A> for Cuda {
@@ -73,19 +94,10 @@ impl<A: Act> Embed<A> for Cuda {
         let warps = warps(row_bytes)?;
         let tokens_per_block = tokens.div_ceil(MOST_BLOCKS).max(TOKENS_PER_BLOCK);
         let blocks = tokens.div_ceil(tokens_per_block);
-        let (chunks, sweep_blocks) = (tokens.div_ceil(CHUNK), tokens.div_ceil(PLACES));
+        let sweep_blocks = tokens.div_ceil(PLACES);
         let mut workspace = self.workspace();
         let [mut mean_g, mut mean_gn, mut partial, mut edge, mut total, count, first, second] =
-            workspace.parts::<f32, 8>([
-                tokens,
-                tokens,
-                blocks * 2 * width,
-                chunks * 2 * width,
-                sweep_blocks * width,
-                counts(tokens),
-                tokens,
-                tokens,
-            ])?;
+            workspace.parts(lengths(tokens, width, blocks))?;
         let mut count = integers(&count)?;
         let mut places = [integers(&first)?, integers(&second)?];
         let (value_bin, value_table) = values(dims, &tables);

@@ -6,7 +6,7 @@
 //! kernels run in place of those of this build. The mutants of the tests come in this way.
 
 use super::capture::not_recordable;
-use super::driver::Grid;
+use super::driver::{Grid, LaterRead};
 use super::functions::{EmulatedKernel, Kernel};
 use super::host_memory::HostMemory;
 use crate::error::{Error, Result};
@@ -223,6 +223,13 @@ impl Emulated {
         // SAFETY: as above.
         unsafe { ptr::copy_nonoverlapping(from as *const u8, host.as_mut_ptr(), host.len()) };
         Ok(())
+    }
+
+    pub(super) unsafe fn read_later(&self, from: u64, bytes: usize) -> Result<LaterRead> {
+        let mut host = vec![0; bytes];
+        // SAFETY: the caller's range.
+        unsafe { self.download(from, &mut host) }?;
+        Ok(LaterRead::Emulated(host))
     }
 
     pub(super) unsafe fn clear(&self, at: u64, bytes: usize) -> Result<()> {

@@ -5,7 +5,7 @@ use super::functions::{AttentionShape, gene_attention_order};
 use super::functions::{gene_attention_dkv_32, gene_attention_dkv_64, gene_attention_dkv_128};
 use super::functions::{gene_attention_dq_32, gene_attention_dq_64, gene_attention_dq_128};
 use super::functions::{gene_attention_forward_32, gene_attention_forward_64, gene_attention_forward_128};
-use super::workspace::Workspace;
+use super::workspace::{Workspace, bytes};
 use super::{Buf, Cuda, Grid};
 use crate::device::Act;
 use crate::error::{Error, Result};
@@ -65,6 +65,11 @@ impl Cuda {
         gene_attention_order(self, grid, input.cell_start, global, &mut order, &mut globals)?;
         Ok(Some([order, globals]))
     }
+}
+
+/// Bytes of workspace for at most so many tokens and cells.
+pub(super) fn most_bytes(tokens: usize, cells: usize) -> usize {
+    bytes::<u32>(&[tokens, cells])
 }
 
 fn shape(dims: Dims) -> AttentionShape {

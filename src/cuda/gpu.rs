@@ -5,8 +5,9 @@
 //! be captured. Not yet confirmed on a GPU.
 
 use super::cublas::Products;
-use super::driver::Grid;
+use super::driver::{Grid, LaterRead};
 use super::functions::{IMAGES, KERNELS, Kernel};
+use super::pinned::{Block, Reads};
 use crate::error::{Error, Result};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
@@ -29,6 +30,8 @@ pub struct Gpu {
     functions: Vec<[Option<Function>; 2]>,
     /// Present once `open` has returned.
     products: Option<Products>,
+    /// Small copies to the host.
+    reads: Reads,
 }
 
 struct Function {
@@ -166,7 +169,8 @@ impl Gpu {
         // SAFETY: the context just retained.
         unsafe { result::ctx::set_current(context) }.map_err(opening)?;
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(opening)?;
-        let mut gpu = Gpu { ordinal, name, context, device, stream, functions: Vec::new(), products: None };
+        let (functions, reads) = (Vec::new(), Reads::default());
+        let mut gpu = Gpu { ordinal, name, context, device, stream, functions, products: None, reads };
         gpu.functions = gpu.load()?;
         gpu.products = Some(Products::open(&gpu)?);
         Ok(gpu)
@@ -279,6 +283,19 @@ impl Gpu {
         self.synchronize()
     }
 
+    pub(super) unsafe fn read_later(&self, from: u64, bytes: usize) -> Result<LaterRead> {
+        self.enter()?;
+        // SAFETY: the caller's range, on this GPU's stream.
+        unsafe { self.reads.begin(from, bytes, self.stream) }
+            .map(LaterRead::Gpu)
+            .map_err(|e| failure("copying from it", e))
+    }
+
+    pub(super) fn finish_read(&self, block: Block, host: &mut [u8]) -> Result<()> {
+        self.enter()?;
+        self.reads.finish(block, host).map_err(|e| failure("copying from it", e))
+    }
+
     pub(super) fn synchronize(&self) -> Result<()> {
         self.enter()?;
         // SAFETY: the stream is alive.
@@ -354,6 +371,7 @@ impl Drop for Gpu {
             // SAFETY: nothing is queued later; the primary context was retained once in `open`. Errors have no remedy here.
             unsafe {
                 let _ = result::stream::synchronize(self.stream);
+                self.reads.free();
                 let _ = result::stream::destroy(self.stream);
                 let _ = result::primary_ctx::release(self.device);
             }

@@ -1,6 +1,7 @@
 //! Residual + dropout + LayerNorm: geometry of `kernels/layernorm.cu`. Formula in [`crate::ops::layernorm`].
 
 use super::functions::{layernorm_backward, layernorm_forward, reduce_columns};
+use super::workspace::bytes;
 use super::{Cuda, Grid};
 use crate::device::Act;
 use crate::error::{Error, Result};
@@ -25,6 +26,11 @@ pub(super) fn warps(row_bytes: usize) -> Result<usize> {
             .wanted(format!("at most {SHARED_BYTES}")));
     }
     Ok(warps)
+}
+
+/// Bytes of workspace for at most so many rows.
+pub(super) fn most_bytes(rows: usize, width: usize) -> usize {
+    bytes::<f32>(&[rows.div_ceil(ROWS_PER_BLOCK).min(MOST_BLOCKS) * 2 * width])
 }
 
 impl<A: Act> LayerNorm<A> for Cuda {

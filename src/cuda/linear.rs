@@ -4,6 +4,7 @@
 //! Large matrix products are what cuBLASLt is for; everything else in the network is a kernel of our own.
 
 use super::functions::{linear_bias_gradient, linear_relu_mask, reduce_columns};
+use super::workspace::bytes;
 use super::{Buf, Cuda, Driver, Grid};
 #[cfg(emulator)]
 use crate::cpu::{self, Cpu};
@@ -18,6 +19,12 @@ use std::{marker::PhantomData, ptr::NonNull};
 /// Rows that one block sums for the bias gradient, at least, and blocks over rows, at most.
 const ROWS_PER_BLOCK: usize = 64;
 const MOST_BLOCKS: usize = 512;
+
+/// Bytes of workspace for at most so many rows, in the encoder and its head: the bias gradients. (A product that is masked by a
+/// ReLU and added to its output needs more; neither makes one.)
+pub(super) fn most_bytes(rows: usize, outputs: usize) -> usize {
+    bytes::<f32>(&[rows.div_ceil(ROWS_PER_BLOCK).min(MOST_BLOCKS) * outputs])
+}
 
 /// The emulator's memory, as the CPU backend will see it.
 #[cfg(emulator)]

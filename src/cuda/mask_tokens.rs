@@ -1,8 +1,8 @@
 //! Masking of genes: thresholds and geometry of `kernels/mask_tokens.cu`. Rules in [`crate::ops::mask_tokens`].
 
 use super::functions::{MaskRule, mask_choose, mask_compact};
+use super::workspace::bytes;
 use super::{Cuda, Grid};
-use crate::device::Device;
 use crate::error::Result;
 use crate::ops::mask_tokens::{Dims, MaskTokens, Out, words_below};
 use crate::rng::site;
@@ -10,10 +10,15 @@ use crate::rng::site;
 /// Tokens of a block, one a thread.
 const BLOCK: usize = 256;
 
+/// Bytes of workspace for at most so many tokens.
+pub(super) fn most_bytes(tokens: usize) -> usize {
+    bytes::<u32>(&[tokens.div_ceil(32), tokens.div_ceil(BLOCK)])
+}
+
 impl MaskTokens for Cuda {
-    fn mask_tokens(&self, dims: Dims, gene: &Self::Buf<u32>, out: Out<'_, Self>) -> Result<usize> {
+    fn mask_tokens(&self, dims: Dims, gene: &Self::Buf<u32>, out: Out<'_, Self>) -> Result<()> {
         if dims.tokens == 0 {
-            return Ok(0);
+            return Ok(());
         }
         let rule = MaskRule {
             seed: dims.seed,
@@ -30,12 +35,8 @@ impl MaskTokens for Cuda {
         let (tokens, blocks) = (dims.tokens as i32, dims.tokens.div_ceil(BLOCK));
         let grid = Grid::line(blocks, BLOCK as u32);
         let mut workspace = self.workspace();
-        let [mut chosen, mut count, mut masked] =
-            workspace.parts::<u32, 3>([dims.tokens.div_ceil(32), blocks, 1])?;
+        let [mut chosen, mut count] = workspace.parts::<u32, 2>([dims.tokens.div_ceil(32), blocks])?;
         mask_choose(self, grid, gene, out.gene, &mut chosen, &mut count, rule, tokens)?;
-        mask_compact(self, grid, gene, &chosen, &count, out.index, out.target, &mut masked, tokens)?;
-        let mut total = [0];
-        self.read(&masked, &mut total)?;
-        Ok(total[0] as usize)
+        mask_compact(self, grid, gene, &chosen, &count, out.index, out.target, tokens)
     }
 }

@@ -21,6 +21,7 @@ mod layernorm;
 mod linear;
 mod mask_tokens;
 mod normalize;
+mod pinned;
 mod pool;
 mod prototype_loss;
 mod reduce;
@@ -34,16 +35,17 @@ mod workspace;
 
 pub use buffer::Buf;
 pub use capture::Graph;
-pub use driver::{Driver, Grid};
+pub use driver::{Driver, Grid, Traffic, traffic};
 #[cfg(emulator)]
 pub use emulated::Schedule;
 pub use functions::Dropout as DropoutArgument;
 
-use crate::device::{Device, Dropout, Element};
+use crate::device::{Act, Device, Dropout, Element, Later, Len, StepSizes};
 use crate::error::Result;
 use crate::rng;
 use std::ops::Range;
 use std::sync::Arc;
+pub use workspace::step_bytes;
 use workspace::{Arena, Workspace};
 
 /// How many kernels this build holds.
@@ -144,6 +146,21 @@ impl Device for Cuda {
         buf.check_room(host.len())?;
         // SAFETY: as in `write`.
         unsafe { self.driver().download(buf.address(), bytemuck::cast_slice_mut(host)) }
+    }
+
+    fn reserve<A: Act>(&self, sizes: &StepSizes) -> Result<()> {
+        self.workspace().reserve(step_bytes::<A>(sizes))
+    }
+
+    fn read_later<T: Element>(&self, buf: &Buf<T>) -> Result<Later<T>> {
+        // SAFETY: the range is the buffer's own.
+        let read = unsafe { self.driver().read_later(buf.address(), buf.bytes()) }?;
+        let (driver, len) = (Arc::clone(self.driver()), buf.len());
+        Ok(Box::new(move || {
+            let mut host = vec![bytemuck::Zeroable::zeroed(); len];
+            driver.finish_read(read, bytemuck::cast_slice_mut(&mut host))?;
+            Ok(host)
+        }))
     }
 
     fn clear<T: Element>(&self, buf: &mut Buf<T>) -> Result<()> {

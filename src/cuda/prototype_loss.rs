@@ -6,6 +6,7 @@ use super::functions::{
     prototype_loss_positives, prototype_loss_rows, prototype_loss_rows_total, prototype_loss_rows_wide,
     prototype_loss_small, reduce_columns,
 };
+use super::workspace::bytes;
 use super::{Buf, Cuda, Grid};
 use crate::device::Act;
 use crate::error::{Error, Result};
@@ -54,13 +55,7 @@ impl Tiling {
                 .wanted(format!("at most {WIDE}")));
         }
         let wide = width > NARROW;
-        // BM and BN of the kernels.
-        let (own, tile) = match (A::IS_F32, wide) {
-            (true, false) => (64, 64),
-            (true, true) => (32, 64),
-            (false, false) => (128, 32),
-            (false, true) => (32, 16),
-        };
+        let [own, tile] = tile_rows::<A>(wide);
         let rows = (own + 2 * tile) * (width.next_multiple_of(16) + 8) * 2;
         let parts = if wide { 8 * 2 * 32 * 16 } else { 0 };
         let (resident_tiles, tiles) = (resident.div_ceil(own), streamed.div_ceil(tile));
@@ -77,6 +72,29 @@ impl Tiling {
     fn grid(&self) -> Grid {
         Grid::plane(self.resident_tiles, self.splits, 256).shared(self.shared_bytes)
     }
+}
+
+/// BM and BN of the kernels: rows of a resident and of a streamed tile.
+fn tile_rows<A: Act>(wide: bool) -> [usize; 2] {
+    match (A::IS_F32, wide) {
+        (true, false) => [64, 64],
+        (true, true) => [32, 64],
+        (false, false) => [128, 32],
+        (false, true) => [32, 16],
+    }
+}
+
+/// Bytes of workspace for at most so many rows and columns, in both passes.
+pub(super) fn most_bytes<A: Act>(rows: usize, columns: usize, width: usize) -> usize {
+    let [own, tile] = tile_rows::<A>(width > NARROW);
+    // Resident rows times splits: splits fill up to BLOCKS tiles of residents, and have at least LEAST_TILES tiles each.
+    let split = |resident: usize, streamed: usize| {
+        let splits = streamed.div_ceil(tile).div_ceil(LEAST_TILES);
+        resident.max((resident * splits).min(BLOCKS * own))
+    };
+    let (forward, backward) = (split(rows, columns), split(columns, rows));
+    let forward = bytes::<f32>(&[forward * 4, forward * width, rows]);
+    forward.max(bytes::<f32>(&[backward * 2, backward * width, rows]))
 }
 
 /// What the streaming kernels read.

@@ -56,7 +56,7 @@ impl Masking {
         mask_tokens::count(self.dims(config, gene.len(), first_row), gene)
     }
     /// Rows to make room for: the mean and eight standard deviations. Beyond it the buffers grow.
-    fn room(self, tokens: usize) -> usize {
+    pub fn room(self, tokens: usize) -> usize {
         let mean = tokens as f64 * self.probability as f64;
         ((mean + 8.0 * (mean * (1.0 - self.probability as f64)).sqrt()).ceil() as usize + 32).min(tokens)
     }
@@ -138,22 +138,23 @@ impl<B: Device, A: Act> MaskedGenes<B, A> {
         Input { batch, gene: &self.gene }
     }
 
-    /// Masks a batch; returns M.
+    /// Masks a batch, of which `masked` tokens are chosen: what [`Masking::count`] says of its genes.
     pub fn mask(
         &mut self,
         dev: &B,
         config: &ModelConfig,
         batch: &DeviceBatch<B>,
         masking: Masking,
-    ) -> Result<usize>
+        masked: usize,
+    ) -> Result<()>
     where
         B: mask_tokens::MaskTokens,
     {
         let dims = masking.dims(config, batch.tokens, batch.first_row);
         let out = mask_tokens::Out { gene: &mut self.gene, index: &mut self.index, target: &mut self.target };
-        self.masked = mask_tokens::mask(dev, dims, &batch.gene, out)?;
-        self.make_room(dev)?;
-        Ok(self.masked)
+        mask_tokens::mask(dev, dims, &batch.gene, out)?;
+        self.masked = masked;
+        self.make_room(dev)
     }
 
     /// Takes a masking made elsewhere: genes to read (N), token indices (M, ascending, distinct) and the genes that stood there.

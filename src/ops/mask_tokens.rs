@@ -48,8 +48,8 @@ pub struct Out<'a, B: Device> {
 
 /// A backend's masking.
 pub trait MaskTokens: Device {
-    /// Returns M, the number of chosen tokens. (A device without a cheap read-back counts on the host: the bits are the same.)
-    fn mask_tokens(&self, dims: Dims, gene: &Self::Buf<u32>, out: Out<'_, Self>) -> Result<usize>;
+    /// Masks; M is [`count`]'s, from the genes on the host, since reading it back would stop the device.
+    fn mask_tokens(&self, dims: Dims, gene: &Self::Buf<u32>, out: Out<'_, Self>) -> Result<()>;
 }
 
 /// The words below `share · 2³²`, exclusive end: `word < share·2³²` exactly, for share in [0, 1].
@@ -57,8 +57,8 @@ pub(crate) fn words_below(share: f64) -> u64 {
     (share * (1u64 << 32) as f64).ceil() as u64
 }
 
-/// M of a call without making it, from host genes: the loss is divided by the masked tokens of the whole logical batch, which
-/// must be known before its first part is worked on.
+/// M, the number of chosen tokens, from the genes on the host: the loss is divided by the masked tokens of the whole logical
+/// batch, which must be known before its first part is worked on.
 pub fn count(dims: Dims, gene: &[u32]) -> usize {
     let chosen = words_below(dims.probability as f64);
     let is_chosen =
@@ -67,8 +67,8 @@ pub fn count(dims: Dims, gene: &[u32]) -> usize {
     genes.filter(|(t, _)| is_chosen(*t) < chosen).count()
 }
 
-/// Checked masking; returns M.
-pub fn mask<B: MaskTokens>(dev: &B, dims: Dims, gene: &B::Buf<u32>, out: Out<'_, B>) -> Result<usize> {
+/// Checked masking.
+pub fn mask<B: MaskTokens>(dev: &B, dims: Dims, gene: &B::Buf<u32>, out: Out<'_, B>) -> Result<()> {
     check_all!("mask_tokens", gene: gene, dims.tokens; masked_gene: out.gene, dims.tokens; index: out.index, dims.tokens;
         target: out.target, dims.tokens);
     dev.mask_tokens(dims, gene, out)

@@ -3,7 +3,7 @@
 //! w is 1, or the effective-number weight (1-β)/(1-βⁿ) of the class's n training cells, mean 1 over the classes: rare classes
 //! count more, but never more than their evidence bears.
 
-use super::optimizer::{Moments, NORM_SLOT, Span, spans};
+use super::optimizer::{LOSS_SLOT, Moments, Span, spans};
 use super::task::{Evaluation, Loss, Own, Task};
 use super::trunk::{Draw, Trunk};
 use crate::config::{ClassWeights, FinetuneSettings};
@@ -115,6 +115,7 @@ impl<B: Backend<A>, A: Act> Finetune<B, A> {
         let ledger = &mut Ledger::new(dev);
         let Buffers { mut weight, grad, moments, rows } =
             Buffers::planned(ledger, &layout, width, trunk.capacity().cells)?;
+        trunk.reserve(None, classes)?;
         weight.randomize(dev, &layout, config.initializer_range, seed ^ CLASSIFIER_SEED)?;
         Ok(Finetune {
             class_weight: class_weights(settings.class_weights, settings.beta, counts),
@@ -177,13 +178,12 @@ impl<B: Backend<A>, A: Act> Finetune<B, A> {
 }
 
 impl<B: Backend<A>, A: Act> Task<B, A> for Finetune<B, A> {
-    fn gradients(&mut self, trunk: &mut Trunk<B, A>, batch: &Batch, draw: Draw, read: bool) -> Result<Loss> {
+    fn gradients(&mut self, trunk: &mut Trunk<B, A>, batch: &Batch, draw: Draw, sums: bool) -> Result<usize> {
         let class_of: Vec<i32> = batch.cells.iter().map(|cell| self.labels.codes[*cell as usize]).collect();
         let weight_of = |class: i32| if class < 0 { 0.0 } else { self.class_weight[class as usize] };
         let sum: f64 = class_of.iter().map(|class| weight_of(*class) as f64).sum();
         let mut genes = trunk.take_genes();
         let logical = trunk.logical(batch, &mut genes);
-        let mut total = 0.0;
         for cells in &logical.parts {
             trunk.load(&logical, cells, draw.first_row)?;
             let Trunk { dev, encoder, params, part, acts, grads, scalars, .. } = &mut *trunk;
@@ -209,15 +209,17 @@ impl<B: Backend<A>, A: Act> Task<B, A> for Finetune<B, A> {
             classify.backward(dev, &rows.lse, self.grad.named_mut())?;
             heads::pool_backward(dev, config, config.pooling, part, &rows.dh, acts)?;
             encoder.backward(params.network(), part.input(), acts, pass, self.depth, grads.named_mut())?;
-            if read {
-                reduce::sum::<B>(dev, &rows.loss, cells.len(), scalars, NORM_SLOT + 1)?;
-                let mut sums = [0.0; NORM_SLOT + 2];
-                dev.read(scalars, &mut sums)?;
-                total += sums[NORM_SLOT + 1];
+            if sums {
+                reduce::add_sum::<B>(dev, &rows.loss, cells.len(), scalars, LOSS_SLOT)?;
             }
         }
         trunk.recycle(genes);
-        Ok(Loss { total, terms: vec![("cross_entropy", total)], masked: 0 })
+        Ok(0)
+    }
+
+    fn loss(&self, scalars: &[f64], _cells: usize, _masked: usize) -> Loss {
+        let total = scalars[LOSS_SLOT];
+        Loss { total, terms: vec![("cross_entropy", total)] }
     }
 
     fn own(&mut self) -> Option<Own<'_, B, A>> {

@@ -77,29 +77,37 @@ pub struct Group<'a, B: Device, A: Act> {
     pub learning_rate: f64,
 }
 
-/// Slot of the global Σ grad²; the groups' own sums follow it.
+/// Slot of the global Σ grad².
 pub const NORM_SLOT: usize = 0;
-/// Scalars that [`squared_norm`] needs.
-pub const SLOTS: usize = 8;
+/// Slot of the sum of a stage's own loss over the parts of a logical batch.
+pub const LOSS_SLOT: usize = 1;
+/// First slot of the refine objective's terms.
+pub const TERM_SLOT: usize = 2;
+/// First slot of the places of bad gradients, one per group.
+pub const BAD_SLOT: usize = TERM_SLOT + crate::objective::SLOTS;
+/// Groups at most: the network and a stage's own weights.
+const GROUPS: usize = 2;
+/// All scalars of a step.
+pub const SLOTS: usize = BAD_SLOT + GROUPS;
 
-/// Σ grad² over all groups, left in [`NORM_SLOT`] for [`update`]. The sums are read back and added here in the order of the
-/// groups: one small read per step, which also tells the host at once that a step is bad.
+/// Σ grad² over all groups, added to [`NORM_SLOT`], which is 0 before, for [`update`]. Where it is not finite, the index of each
+/// group's first bad element is left from [`BAD_SLOT`] on, or the group's length. Nothing is read back.
 pub fn squared_norm<A: Act, B: Backend<A>>(
     dev: &B,
     gradients: &[(&B::Buf<f32>, usize)],
     scalars: &mut B::Buf<f64>,
-) -> Result<f64> {
-    for (i, (grad, len)) in gradients.iter().enumerate() {
-        reduce::sum_squares::<B>(dev, grad, *len, scalars, NORM_SLOT + 1 + i)?;
+) -> Result<()> {
+    for (grad, len) in gradients {
+        reduce::add_sum_squares::<B>(dev, grad, *len, scalars, NORM_SLOT)?;
     }
-    let mut sums = vec![0.0; NORM_SLOT + 1 + gradients.len()];
-    dev.read(scalars, &mut sums)?;
-    let total: f64 = sums[NORM_SLOT + 1..].iter().sum();
-    dev.write(scalars, &[total])?;
-    Ok(total)
+    for (i, (grad, len)) in gradients.iter().enumerate() {
+        reduce::first_bad::<B>(dev, grad, *len, scalars, NORM_SLOT, BAD_SLOT + i)?;
+    }
+    Ok(())
 }
 
 /// One AdamW update of `group`: the `update`-th that was applied, from 1, on gradients summed over `accumulated` batches.
+/// Changes nothing where the norm is not finite.
 pub fn update<A: Act, B: Backend<A>>(
     dev: &B,
     optimizer: &OptimizerSettings,

@@ -5,14 +5,16 @@
 //! [`flops`]: real tokens and Σ len² of the corpus where there is one, otherwise cells of full length.
 
 use super::optimizer::{Moments, SLOTS};
+use super::pretrain::masking;
+use super::trunk::step_sizes;
 use super::{finetune, refine};
 use crate::config::{Precision, Settings, Stage};
 use crate::corpus::Corpus;
-use crate::cpu::memory::{Sizes, scratch_estimate};
+use crate::cpu::memory::scratch_estimate;
 use crate::device::Act;
 use crate::error::Result;
 use crate::model::flops::{self, Work};
-use crate::model::heads::{MaskedGenes, Masking};
+use crate::model::heads::MaskedGenes;
 use crate::model::ledger::{Entry, Ledger, Paper};
 use crate::model::{Activations, Capacity, DeviceBatch, Layout, ModelConfig, Parameters, Store};
 use crate::objective::Objective;
@@ -54,6 +56,8 @@ pub struct Plan {
     /// Beside the buffers: what kernels work in.
     scratch: Group,
     threads: usize,
+    /// Beside the buffers, on a GPU.
+    cuda_workspace: u64,
     capacity: Capacity,
     stage: Stage,
     parameters: usize,
@@ -114,13 +118,7 @@ fn plan_for<A: Act>(case: &PlanCase<'_>) -> Result<Plan> {
         l.zeros::<f64>("scalars", "()", SLOTS).map(drop)
     })?;
     if masks {
-        let masking = Masking {
-            probability: settings.mask.probability as f32,
-            mask_share: settings.mask.mask_share as f32,
-            random_share: settings.mask.random_share as f32,
-            seed: 0,
-            step: 0,
-        };
+        let masking = masking(&settings.mask, 0, 0);
         group("masked-gene head", &mut |l| {
             MaskedGenes::<Paper, A>::planned(l, config, capacity, masking).map(drop)
         })?;
@@ -173,17 +171,11 @@ fn plan_for<A: Act>(case: &PlanCase<'_>) -> Result<Plan> {
         0 => per_epoch.map(|steps| (steps * settings.train.epochs).ceil() as u64),
         steps => Some(steps),
     };
-    let sizes = Sizes {
-        tokens,
-        longest,
-        width,
-        heads: config.heads,
-        ffn: config.ffn,
-        vocab: config.vocab,
-        softmax: masks || case.stage != Stage::Pretrain,
-    };
+    let masked = if masks { masking(&settings.mask, 0, 0).room(tokens) } else { 0 };
+    let stage_types = if case.stage == Stage::Pretrain { 0 } else { types };
+    let sizes = step_sizes(config, capacity, cells, longest, masked, stage_types, layout.len());
     let threads = rayon::current_num_threads();
-    let scratch = scratch_estimate(sizes, threads);
+    let scratch = scratch_estimate(&sizes, threads);
     let scratch = Group {
         name: "scratch of the processor's kernels",
         entries: scratch
@@ -195,6 +187,7 @@ fn plan_for<A: Act>(case: &PlanCase<'_>) -> Result<Plan> {
         groups,
         scratch,
         threads,
+        cuda_workspace: crate::cuda::step_bytes::<A>(&sizes) as u64,
         capacity,
         stage: case.stage,
         parameters: layout.parameters(),
@@ -210,6 +203,11 @@ impl Plan {
     /// Estimated bytes of what the processor's kernels work in, beside the buffers.
     pub fn scratch_bytes(&self) -> u64 {
         self.scratch.bytes()
+    }
+
+    /// Bytes of what the CUDA kernels work in, beside the buffers; cuBLASLt's own 32 MiB on a GPU are not counted.
+    pub fn cuda_workspace_bytes(&self) -> u64 {
+        self.cuda_workspace
     }
 
     /// Bytes of all buffers: what a run allocates on its device, to the byte.
@@ -233,6 +231,7 @@ impl Plan {
             "bytes": self.bytes(),
             "groups": groups,
             "scratch": {"bytes": self.scratch_bytes(), "threads": self.threads, "kernels": self.scratch.entries},
+            "cuda_workspace": self.cuda_workspace,
             "mean_tokens": self.mean_tokens,
             "tokens_per_step": self.tokens_per_step,
             "flop_per_step": self.flop_per_step,
@@ -278,6 +277,7 @@ impl Plan {
             format!("scratch beside them, {} threads, about", self.threads),
             mb(self.scratch_bytes())
         );
+        let _ = writeln!(out, "{:<36} {}", "or what CUDA kernels work in", mb(self.cuda_workspace));
         let _ = writeln!(
             out,
             "a step: {:.4} TFLOP over {:.0} tokens (mean cell {:.0})",

@@ -1,6 +1,6 @@
 //! Masked-gene pretraining: `L = 1/M Σ_m CE(masked gene m)` over the M masked tokens of the logical batch.
 
-use super::optimizer::NORM_SLOT;
+use super::optimizer::LOSS_SLOT;
 use super::task::{Evaluation, Loss, Own, Task};
 use super::trunk::{Draw, Logical, Trunk};
 use crate::config::MaskSettings;
@@ -30,30 +30,33 @@ impl<B: Backend<A>, A: Act> MaskedGeneTerm<B, A> {
         Ok(MaskedGeneTerm { masked, settings: settings.clone() })
     }
 
-    /// M of a logical batch.
-    pub fn count(&self, trunk: &Trunk<B, A>, logical: &Logical<'_>, draw: Draw) -> usize {
-        masking(&self.settings, draw.seed, draw.step).count(trunk.config(), logical.gene, draw.first_row)
+    /// M of each part of a logical batch.
+    pub fn counts(&self, trunk: &Trunk<B, A>, logical: &Logical<'_>, draw: Draw) -> Vec<usize> {
+        let masking = masking(&self.settings, draw.seed, draw.step);
+        let count = |cells| {
+            let tokens = logical.tokens(cells);
+            let first_row = draw.first_row + tokens.start as u64;
+            masking.count(trunk.config(), &logical.gene[tokens], first_row)
+        };
+        logical.parts.iter().map(count).collect()
     }
 
-    /// Masks the part in the trunk and runs the encoder over it, all layers.
-    pub fn encode(&mut self, trunk: &mut Trunk<B, A>, draw: Draw, pass: Pass) -> Result<()> {
+    /// Masks `masked` tokens of the part in the trunk and runs the encoder over it, all layers.
+    pub fn encode(&mut self, trunk: &mut Trunk<B, A>, draw: Draw, pass: Pass, masked: usize) -> Result<()> {
         let masking = masking(&self.settings, draw.seed, draw.step);
         let Trunk { dev, encoder, params, part, acts, .. } = trunk;
-        self.masked.mask(dev, &encoder.config, part, masking)?;
+        self.masked.mask(dev, &encoder.config, part, masking, masked)?;
         encoder.forward(params.network(), self.masked.input(part), acts, pass, encoder.config.layers)
     }
 
-    /// The head's loss on the part; returns Σ over its masked tokens when `read` is set.
-    pub fn loss(&mut self, trunk: &mut Trunk<B, A>, gradient_scale: f32, read: bool) -> Result<f64> {
+    /// The head's loss on the part; with `sum` its Σ over the masked tokens is added to the trunk's [`LOSS_SLOT`].
+    pub fn loss(&mut self, trunk: &mut Trunk<B, A>, gradient_scale: f32, sum: bool) -> Result<()> {
         let Trunk { dev, encoder, params, part, acts, scalars, .. } = trunk;
         self.masked.forward(dev, &encoder.config, params, part, acts, gradient_scale)?;
-        if !read || self.masked.masked() == 0 {
-            return Ok(0.0);
+        match sum {
+            true => reduce::add_sum::<B>(dev, self.masked.loss(), self.masked.masked(), scalars, LOSS_SLOT),
+            false => Ok(()),
         }
-        reduce::sum::<B>(dev, self.masked.loss(), self.masked.masked(), scalars, NORM_SLOT + 1)?;
-        let mut sums = [0.0; NORM_SLOT + 2];
-        dev.read(scalars, &mut sums)?;
-        Ok(sums[NORM_SLOT + 1])
     }
 
     /// Gradients of the head and the word table; `acts.dx` is set.
@@ -76,7 +79,8 @@ impl<B: Backend<A>, A: Act> MaskedGeneTerm<B, A> {
     }
 }
 
-fn masking(settings: &MaskSettings, seed: u64, step: u32) -> Masking {
+/// The rates of `settings`, drawn for a step.
+pub(super) fn masking(settings: &MaskSettings, seed: u64, step: u32) -> Masking {
     Masking {
         probability: settings.probability as f32,
         mask_share: settings.mask_share as f32,
@@ -96,27 +100,32 @@ impl<B: Backend<A>, A: Act> Pretrain<B, A> {
     /// The stage over `trunk`.
     pub fn new(trunk: &Trunk<B, A>, settings: &MaskSettings, seed: u64) -> Result<Self> {
         let term = MaskedGeneTerm::new(&trunk.dev, trunk.config(), trunk.capacity(), settings)?;
+        trunk.reserve(Some(masking(settings, 0, 0)), 0)?;
         Ok(Pretrain { term, seed })
     }
 }
 
 impl<B: Backend<A>, A: Act> Task<B, A> for Pretrain<B, A> {
-    fn gradients(&mut self, trunk: &mut Trunk<B, A>, batch: &Batch, draw: Draw, read: bool) -> Result<Loss> {
+    fn gradients(&mut self, trunk: &mut Trunk<B, A>, batch: &Batch, draw: Draw, sums: bool) -> Result<usize> {
         let mut genes = trunk.take_genes();
         let logical = trunk.logical(batch, &mut genes);
-        let masked = self.term.count(trunk, &logical, draw);
+        let counts = self.term.counts(trunk, &logical, draw);
+        let masked: usize = counts.iter().sum();
         let scale = 1.0 / masked.max(1) as f32;
-        let mut sum = 0.0;
-        for cells in &logical.parts {
+        for (cells, masked) in logical.parts.iter().zip(counts) {
             trunk.load(&logical, cells, draw.first_row)?;
-            self.term.encode(trunk, draw, draw.pass())?;
-            sum += self.term.loss(trunk, scale, read)?;
+            self.term.encode(trunk, draw, draw.pass(), masked)?;
+            self.term.loss(trunk, scale, sums)?;
             self.term.backward(trunk, scale)?;
             self.term.encoder_backward(trunk, draw.pass())?;
         }
         trunk.recycle(genes);
-        let mlm = sum / masked.max(1) as f64;
-        Ok(Loss { total: mlm, terms: vec![("mlm", mlm)], masked })
+        Ok(masked)
+    }
+
+    fn loss(&self, scalars: &[f64], _cells: usize, masked: usize) -> Loss {
+        let mlm = scalars[LOSS_SLOT] / masked.max(1) as f64;
+        Loss { total: mlm, terms: vec![("mlm", mlm)] }
     }
 
     fn own(&mut self) -> Option<Own<'_, B, A>> {
@@ -131,14 +140,16 @@ impl<B: Backend<A>, A: Act> Task<B, A> for Pretrain<B, A> {
         let mut packer = Packer::in_order(trunk.corpus.clone(), cells.to_vec(), options)?;
         let (mut batch, mut genes) = (Batch::default(), Vec::new());
         let mut draw = Draw { seed: self.seed, step: EVALUATION_STEP, first_row: 0 };
-        let (mut sum, mut masked) = (0.0, 0);
+        let mut masked = 0;
+        trunk.dev.clear(&mut trunk.scalars)?;
         while packer.fill(&mut batch)? {
             let logical = trunk.logical(&batch, &mut genes);
-            for cells in &logical.parts {
+            let counts = self.term.counts(trunk, &logical, draw);
+            masked += counts.iter().sum::<usize>();
+            for (cells, masked) in logical.parts.iter().zip(counts) {
                 trunk.load(&logical, cells, draw.first_row)?;
-                self.term.encode(trunk, draw, Pass::Eval)?;
-                sum += self.term.loss(trunk, 0.0, true)?;
-                masked += self.term.masked.masked();
+                self.term.encode(trunk, draw, Pass::Eval, masked)?;
+                self.term.loss(trunk, 0.0, true)?;
             }
             draw.first_row += batch.tokens() as u64;
         }
@@ -149,7 +160,7 @@ impl<B: Backend<A>, A: Act> Task<B, A> for Pretrain<B, A> {
                 self.term.settings.probability
             )));
         }
-        let value = sum / masked as f64;
+        let value = trunk.dev.download(&trunk.scalars)?[LOSS_SLOT] / masked as f64;
         Ok(Evaluation { measure: "val_mlm", value, higher_is_better: false, others: Vec::new() })
     }
 

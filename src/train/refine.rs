@@ -7,8 +7,8 @@
 //! the objective on the whole of it, a second pass that draws the same dropout and masks and takes each part's dL/dh down.
 //! The loss sees the whole batch either way.
 
-use super::optimizer::{Moments, Span};
-use super::pretrain::MaskedGeneTerm;
+use super::optimizer::{LOSS_SLOT, Moments, Span, TERM_SLOT};
+use super::pretrain::{MaskedGeneTerm, masking};
 use super::task::{Evaluation, Loss, Own, Task};
 use super::trunk::{Draw, Logical, Trunk};
 use crate::config::MaskSettings;
@@ -19,13 +19,10 @@ use crate::eval::metrics::recall_at;
 use crate::eval::rows::centred_unit_rows;
 use crate::model::heads;
 use crate::model::ledger::Ledger;
-use crate::objective::{Losses, Objective, SLOTS, StoredPrototypes};
+use crate::objective::{Objective, StoredPrototypes};
 use crate::ops::Backend;
 use std::ops::Range;
 use std::path::Path;
-
-/// First scalar of the objective; the slots below belong to the norm and the masked-gene loss.
-const FIRST_SLOT: usize = 3;
 
 /// What validation cells are measured against.
 pub enum Truth {
@@ -49,7 +46,6 @@ pub struct Refine<B: Backend<A>, A: Act> {
     learning_rate: f64,
     depth: usize,
     buffers: Buffers<B>,
-    staging: Staging,
 }
 
 /// The stage's memory, besides the objective's and the masked-gene head's.
@@ -80,13 +76,6 @@ impl<B: Device> Buffers<B> {
             part_h: ledger.zeros("cell vectors of a part", "(C, D)", part_cells * width)?,
         })
     }
-}
-
-/// Host copies of a logical batch's vectors under gradient caching.
-#[derive(Default)]
-struct Staging {
-    h: Vec<f32>,
-    dh: Vec<f32>,
 }
 
 /// What the stage is made of.
@@ -124,6 +113,7 @@ impl<B: Backend<A>, A: Act> Refine<B, A> {
             false => None,
         };
         let types = objective.types();
+        trunk.reserve(mlm.then(|| masking(mask, 0, 0)), types)?;
         let ledger = &mut Ledger::new(dev);
         Ok(Refine {
             masked,
@@ -136,22 +126,22 @@ impl<B: Backend<A>, A: Act> Refine<B, A> {
             learning_rate,
             depth,
             buffers: Buffers::planned(ledger, types, width, cells, trunk.capacity().cells)?,
-            staging: Staging::default(),
             objective,
         })
     }
 
-    /// Loads and encodes one part; its vectors are in `part_h`.
+    /// Loads and encodes one part, of whose tokens `masked` are masked; its vectors are in `part_h`.
     fn encode(
         &mut self,
         trunk: &mut Trunk<B, A>,
         logical: &Logical<'_>,
         cells: &Range<usize>,
         draw: Draw,
+        masked: usize,
     ) -> Result<()> {
         trunk.load(logical, cells, draw.first_row)?;
         match &mut self.masked {
-            Some(term) => term.encode(trunk, draw, draw.pass())?,
+            Some(term) => term.encode(trunk, draw, draw.pass(), masked)?,
             None => {
                 let Trunk { encoder, params, part, acts, .. } = &mut *trunk;
                 encoder.forward(params.network(), part.input(), acts, draw.pass(), self.depth)?;
@@ -162,19 +152,18 @@ impl<B: Backend<A>, A: Act> Refine<B, A> {
         heads::pool(dev, config, config.pooling, part, acts, self.depth, &mut self.buffers.part_h)
     }
 
-    /// Gradients of the encoded part from dL/dh of its cells; returns the masked-gene loss summed over the part.
+    /// Gradients of the encoded part from dL/dh of its cells; with `sums` its masked-gene loss is added up.
     fn backward(
         &mut self,
         trunk: &mut Trunk<B, A>,
         dh: DhOf,
         draw: Draw,
         mlm_scale: f32,
-        read: bool,
-    ) -> Result<f64> {
-        let sum = match &mut self.masked {
-            Some(term) => term.loss(trunk, mlm_scale, read)?,
-            None => 0.0,
-        };
+        sums: bool,
+    ) -> Result<()> {
+        if let Some(term) = &mut self.masked {
+            term.loss(trunk, mlm_scale, sums)?;
+        }
         let Trunk { dev, encoder, params, part, acts, grads, .. } = &mut *trunk;
         let config = &encoder.config;
         let dh = match dh {
@@ -185,25 +174,17 @@ impl<B: Backend<A>, A: Act> Refine<B, A> {
         match &mut self.masked {
             Some(term) => {
                 term.backward_onto(trunk, mlm_scale)?;
-                term.encoder_backward(trunk, draw.pass())?;
+                term.encoder_backward(trunk, draw.pass())
             }
             None => {
                 let input = part.input();
-                encoder.backward(
-                    params.network(),
-                    input,
-                    acts,
-                    draw.pass(),
-                    self.depth,
-                    grads.named_mut(),
-                )?;
+                encoder.backward(params.network(), input, acts, draw.pass(), self.depth, grads.named_mut())
             }
         }
-        Ok(sum)
     }
 
-    /// The objective on the vectors in `h`; dL/dh is in `dh`.
-    fn step(&mut self, trunk: &mut Trunk<B, A>, batch: &Batch, read: bool) -> Result<Losses> {
+    /// The objective on the vectors in `h`; dL/dh is in `dh`, its terms' sums are in the trunk's scalars.
+    fn step(&mut self, trunk: &mut Trunk<B, A>, batch: &Batch) -> Result<()> {
         let rows: Vec<u32> = batch
             .cells
             .iter()
@@ -211,13 +192,8 @@ impl<B: Backend<A>, A: Act> Refine<B, A> {
             .collect::<std::result::Result<_, _>>()
             .map_err(|_| Error::bug("a batch holds a cell that does not train"))?;
         let (dev, scalars) = (&trunk.dev, &mut trunk.scalars);
-        self.objective.step(dev, &rows, &self.buffers.h, &mut self.buffers.dh, scalars, FIRST_SLOT)?;
-        if !read {
-            return Ok(Losses::default());
-        }
-        let mut all = [0.0; FIRST_SLOT + SLOTS];
-        dev.read(scalars, &mut all)?;
-        Ok(self.objective.losses(&all[FIRST_SLOT..], rows.len()))
+        let Buffers { h, dh, .. } = &mut self.buffers;
+        self.objective.step(dev, &rows, h, dh, scalars, TERM_SLOT)
     }
 
     /// Cosines (cells, P) of `cells` with the prototypes.
@@ -245,46 +221,44 @@ enum DhOf {
 }
 
 impl<B: Backend<A>, A: Act> Task<B, A> for Refine<B, A> {
-    fn gradients(&mut self, trunk: &mut Trunk<B, A>, batch: &Batch, draw: Draw, read: bool) -> Result<Loss> {
+    fn gradients(&mut self, trunk: &mut Trunk<B, A>, batch: &Batch, draw: Draw, sums: bool) -> Result<usize> {
         let mut genes = trunk.take_genes();
         let logical = trunk.logical(batch, &mut genes);
         let width = trunk.config().width;
-        let masked = self.masked.as_ref().map_or(0, |term| term.count(trunk, &logical, draw));
-        let mlm_weight = self.objective.config().mlm;
-        let mlm_scale = mlm_weight / masked.max(1) as f32;
-        let mut sum = 0.0;
-        let losses = if let [cells] = &logical.parts[..] {
-            self.encode(trunk, &logical, cells, draw)?;
-            trunk.dev.copy(&self.buffers.part_h, &mut self.buffers.h, cells.len() * width)?;
-            let losses = self.step(trunk, batch, read)?;
-            sum += self.backward(trunk, DhOf::Batch, draw, mlm_scale, read)?;
-            losses
-        } else {
-            let mut staging = std::mem::take(&mut self.staging);
-            staging.h.resize(batch.len() * width, 0.0);
-            staging.dh.resize(batch.len() * width, 0.0);
-            for cells in &logical.parts {
-                self.encode(trunk, &logical, cells, draw)?;
-                trunk
-                    .dev
-                    .read(&self.buffers.part_h, &mut staging.h[cells.start * width..cells.end * width])?;
-            }
-            trunk.dev.write(&mut self.buffers.h, &staging.h)?;
-            let losses = self.step(trunk, batch, read)?;
-            trunk.dev.read(&self.buffers.dh, &mut staging.dh)?;
-            for cells in &logical.parts {
-                self.encode(trunk, &logical, cells, draw)?;
-                trunk
-                    .dev
-                    .write(&mut self.buffers.part_h, &staging.dh[cells.start * width..cells.end * width])?;
-                sum += self.backward(trunk, DhOf::Part, draw, mlm_scale, read)?;
-            }
-            self.staging = staging;
-            losses
+        let counts = match &self.masked {
+            Some(term) => term.counts(trunk, &logical, draw),
+            None => vec![0; logical.parts.len()],
         };
+        let masked: usize = counts.iter().sum();
+        let mlm_scale = self.objective.config().mlm / masked.max(1) as f32;
+        let parts: Vec<_> = logical.parts.iter().zip(counts).collect();
+        if let [(cells, masked)] = parts[..] {
+            self.encode(trunk, &logical, cells, draw, masked)?;
+            let Buffers { h, part_h, .. } = &mut self.buffers;
+            trunk.dev.copy(part_h, h, cells.len() * width)?;
+            self.step(trunk, batch)?;
+            self.backward(trunk, DhOf::Batch, draw, mlm_scale, sums)?;
+        } else {
+            for (cells, masked) in &parts {
+                self.encode(trunk, &logical, cells, draw, *masked)?;
+                let Buffers { h, part_h, .. } = &mut self.buffers;
+                trunk.dev.copy_part(part_h, 0..cells.len() * width, h, cells.start * width)?;
+            }
+            self.step(trunk, batch)?;
+            for (cells, masked) in &parts {
+                self.encode(trunk, &logical, cells, draw, *masked)?;
+                let Buffers { dh, part_h, .. } = &mut self.buffers;
+                trunk.dev.copy_part(dh, cells.start * width..cells.end * width, part_h, 0)?;
+                self.backward(trunk, DhOf::Part, draw, mlm_scale, sums)?;
+            }
+        }
         trunk.recycle(genes);
-        let mlm = sum / masked.max(1) as f64;
-        let c = self.objective.config();
+        Ok(masked)
+    }
+
+    fn loss(&self, scalars: &[f64], cells: usize, masked: usize) -> Loss {
+        let (c, mlm) = (self.objective.config(), scalars[LOSS_SLOT] / masked.max(1) as f64);
+        let losses = self.objective.losses(&scalars[TERM_SLOT..], cells);
         let terms = [
             ("proto", c.proto, losses.proto),
             ("mlm", c.mlm, mlm),
@@ -293,8 +267,8 @@ impl<B: Backend<A>, A: Act> Task<B, A> for Refine<B, A> {
             ("anchor", c.anchor, losses.anchor),
         ];
         let on = terms.into_iter().filter(|(_, weight, _)| *weight > 0.0);
-        let total = losses.total + mlm_weight as f64 * mlm;
-        Ok(Loss { total, terms: on.map(|(name, _, value)| (name, value)).collect(), masked })
+        let total = losses.total + c.mlm as f64 * mlm;
+        Loss { total, terms: on.map(|(name, _, value)| (name, value)).collect() }
     }
 
     fn own(&mut self) -> Option<Own<'_, B, A>> {

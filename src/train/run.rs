@@ -2,10 +2,14 @@
 //!
 //! One loop for all stages; what differs is a [`Task`]. A step whose global gradient norm is not finite changes nothing: it is
 //! skipped, counted and named, and after `train.max_bad_steps` in a row the run stops (exit 6).
+//!
+//! The device is never waited for within a step. AdamW finds on the device whether a step is bad; the host hears of it while
+//! the next step's gradients are queued already, before that step's update, which is the first to depend on the count of updates.
+//! Logged steps, checkpoints and evaluations wait for the step that they end.
 
 use super::folder::{RunFolder, verify};
 use super::observer::{Flow, Observer};
-use super::optimizer::{Group, squared_norm, update};
+use super::optimizer::{BAD_SLOT, Group, NORM_SLOT, squared_norm, update};
 use super::record::{Meter, Writers};
 use super::schedule::Schedule;
 use super::state::{Best, LoopState, read_moments, write_moments};
@@ -14,7 +18,7 @@ use super::task::{Evaluation, Loss, Task};
 use super::trunk::{Draw, Trunk, work};
 use crate::config::{Settings, Stage};
 use crate::corpus::{Batch, Loader, Packer, Sampler};
-use crate::device::Act;
+use crate::device::{Act, Later};
 use crate::error::{Error, Result};
 use crate::model::checkpoint::{self, Pointer};
 use crate::model::flops::Work;
@@ -101,6 +105,7 @@ pub fn run<B: Backend<A>, A: Act>(
         writers,
         meter,
         outcome: Outcome::default(),
+        unsettled: None,
     };
     while run.state.step < run.state.steps {
         run.step()?;
@@ -117,6 +122,22 @@ struct Outcome {
     published: Option<PathBuf>,
 }
 
+/// A step whose norm is on its way from the device.
+struct Unsettled {
+    step: u64,
+    /// The trunk's scalars.
+    scalars: Later<f64>,
+    /// Corpus indices, for the report of a bad step.
+    cells: Vec<u32>,
+}
+
+/// The loss of a logical batch, on its way from the device.
+struct Unread {
+    scalars: Later<f64>,
+    cells: usize,
+    masked: usize,
+}
+
 struct Run<'a, 'b, B: Backend<A>, A: Act> {
     session: Session<'a>,
     settings: Settings,
@@ -128,6 +149,7 @@ struct Run<'a, 'b, B: Backend<A>, A: Act> {
     writers: Writers,
     meter: Meter,
     outcome: Outcome,
+    unsettled: Option<Unsettled>,
 }
 
 impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
@@ -143,17 +165,21 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
                 || if train.eval_every > 0 { step.is_multiple_of(train.eval_every) } else { epoch_ends });
         let logs = last || evaluates || step == 1 || step.is_multiple_of(train.log_every);
 
-        let (loss, work) = self.gradients(&batches, logs)?;
+        let (losses, work) = self.gradients(&batches, logs)?;
         if self.session.observer.poisons(step) {
             self.trunk.dev.write(self.trunk.grads.flat_mut(), &[f32::NAN])?;
         }
         let learning_rate = self.settings.optimizer.learning_rate * self.schedule.factor(step - 1);
-        let norm = self.update(step)?;
-        if norm.is_finite() {
-            self.state.bad_in_a_row = 0;
-        } else {
-            self.bad_step(step, &loss, &batches)?;
-        }
+        let scalars = self.norm()?;
+        self.settle(None)?;
+        self.update(step)?;
+        let cells = batches.iter().flat_map(|b| &b.cells).copied().collect();
+        self.unsettled = Some(Unsettled { step, scalars, cells });
+        let loss = self.loss(losses)?;
+        let norm = match logs {
+            true => self.settle(loss.as_ref())?,
+            false => None,
+        };
         self.state.step = step;
         self.state.sampler = self.loader.state().unwrap_or_else(|| self.state.sampler.clone());
         let cells = batches.iter().map(Batch::len).sum();
@@ -168,9 +194,8 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
             true => Some(self.evaluate(step)?),
             false => None,
         };
-        let record = logs.then(|| {
+        let record = loss.zip(norm).map(|(loss, norm)| {
             let epoch = self.state.sampler.epoch as f64;
-            let loss = loss.clone().unwrap_or_default();
             self.meter.record(
                 step,
                 epoch,
@@ -206,44 +231,59 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
             .collect()
     }
 
-    /// Gradients of the step's logical batches, summed; their mean loss where it is logged.
-    fn gradients(&mut self, batches: &[Batch], logs: bool) -> Result<(Option<Loss>, Work)> {
+    /// Gradients of the step's logical batches, summed; their losses, where they are logged, on their way.
+    fn gradients(&mut self, batches: &[Batch], logs: bool) -> Result<(Vec<Unread>, Work)> {
         let trunk = &mut *self.trunk;
         trunk.dev.clear(trunk.grads.flat_mut())?;
         if let Some(own) = self.task.own() {
             trunk.dev.clear(own.grad)?;
         }
         let mut draw = Draw { seed: self.settings.seed, step: self.state.step as u32, first_row: 0 };
-        let (mut loss, mut total) = (Loss::default(), Work::default());
+        let (mut losses, mut total) = (Vec::new(), Work::default());
         for batch in batches {
-            let part = self.task.gradients(trunk, batch, draw, logs)?;
-            let work = work(trunk.config(), batch, part.masked);
-            loss.add(&part);
+            trunk.dev.clear(&mut trunk.scalars)?;
+            let masked = self.task.gradients(trunk, batch, draw, logs)?;
+            if logs {
+                let scalars = trunk.dev.read_later(&trunk.scalars)?;
+                losses.push(Unread { scalars, cells: batch.len(), masked });
+            }
+            let work = work(trunk.config(), batch, masked);
             total.tokens += work.tokens;
             total.pairs += work.pairs;
             total.masked += work.masked;
             draw.first_row += batch.tokens() as u64;
         }
-        loss.divide(batches.len());
-        Ok((logs.then_some(loss), total))
+        Ok((losses, total))
     }
 
-    /// Norm, clipping and AdamW; nothing is changed where the norm is not finite. Returns the norm of the mean gradient.
-    fn update(&mut self, step: u64) -> Result<f64> {
+    /// Their mean; `None` where they were not asked for.
+    fn loss(&self, losses: Vec<Unread>) -> Result<Option<Loss>> {
+        let batches = losses.len();
+        let mut mean = Loss::default();
+        for Unread { scalars, cells, masked } in losses {
+            mean.add(&self.task.loss(&scalars()?, cells, masked));
+        }
+        mean.divide(batches);
+        Ok((batches > 0).then_some(mean))
+    }
+
+    /// The global gradient norm, left on the device, and on its way to the host.
+    fn norm(&mut self) -> Result<Later<f64>> {
         let trunk = &mut *self.trunk;
-        let (optimizer, accumulated) = (&self.settings.optimizer, self.settings.train.accumulate);
-        let factor = self.schedule.factor(step - 1);
-        let length = trunk.params.layout().len();
-        let mut own = self.task.own();
-        let mut gradients = vec![(trunk.grads.flat(), length)];
+        let mut gradients = vec![(trunk.grads.flat(), trunk.params.layout().len())];
+        let own = self.task.own();
         if let Some(own) = &own {
             gradients.push((&*own.grad, own.len));
         }
-        let squares = squared_norm::<A, B>(&trunk.dev, &gradients, &mut trunk.scalars)?;
-        let norm = squares.sqrt() / accumulated as f64;
-        if !norm.is_finite() {
-            return Ok(norm);
-        }
+        squared_norm::<A, B>(&trunk.dev, &gradients, &mut trunk.scalars)?;
+        trunk.dev.read_later(&trunk.scalars)
+    }
+
+    /// Clipping and AdamW; the device leaves everything as it is where the norm is not finite. Every step before is settled.
+    fn update(&mut self, step: u64) -> Result<()> {
+        let trunk = &mut *self.trunk;
+        let (optimizer, accumulated) = (&self.settings.optimizer, self.settings.train.accumulate);
+        let factor = self.schedule.factor(step - 1);
         let t = self.state.updates as u32 + 1;
         let network = trunk.params.update();
         let group = Group {
@@ -255,29 +295,44 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
             learning_rate: optimizer.learning_rate * factor,
         };
         update::<A, B>(&trunk.dev, optimizer, t, accumulated, group, &trunk.scalars)?;
-        if let Some(own) = &mut own {
+        if let Some(own) = self.task.own() {
             let group = Group {
-                weight: &mut *own.weight,
+                weight: own.weight,
                 copy: None,
-                grad: &*own.grad,
-                moments: &mut *own.moments,
+                grad: own.grad,
+                moments: own.moments,
                 spans: own.spans,
                 learning_rate: own.learning_rate * factor,
             };
             update::<A, B>(&trunk.dev, optimizer, t, accumulated, group, &trunk.scalars)?;
         }
-        self.state.updates += 1;
-        Ok(norm)
+        Ok(())
+    }
+
+    /// Waits for the norm of the step before, where it is still on its way, and counts the update or the bad step. Returns the
+    /// norm of the mean gradient. `loss` is that step's, where it is known.
+    fn settle(&mut self, loss: Option<&Loss>) -> Result<Option<f64>> {
+        let Some(Unsettled { step, scalars, cells }) = self.unsettled.take() else { return Ok(None) };
+        let scalars = scalars()?;
+        let norm = scalars[NORM_SLOT].sqrt() / self.settings.train.accumulate as f64;
+        if norm.is_finite() {
+            self.state.updates += 1;
+            self.state.bad_in_a_row = 0;
+        } else {
+            let tensor = self.first_bad_tensor(&scalars[BAD_SLOT..]);
+            self.bad_step(step, loss, &tensor, &cells)?;
+        }
+        Ok(Some(norm))
     }
 
     /// Counts and names a step whose gradient is not finite; stops after too many in a row.
-    fn bad_step(&mut self, step: u64, loss: &Option<Loss>, batches: &[Batch]) -> Result<()> {
+    fn bad_step(&mut self, step: u64, loss: Option<&Loss>, tensor: &str, cells: &[u32]) -> Result<()> {
         self.state.bad_in_a_row += 1;
         self.state.bad_steps += 1;
         let term = loss.iter().flat_map(|l| &l.terms).find(|(_, value)| !value.is_finite());
-        let place = match (term, self.first_bad_tensor()?) {
-            (Some((term, _)), tensor) => format!("loss term {term}; gradient of {tensor}"),
-            (None, tensor) => format!("gradient of {tensor}"),
+        let place = match term {
+            Some((term, _)) => format!("loss term {term}; gradient of {tensor}"),
+            None => format!("gradient of {tensor}"),
         };
         let in_a_row = self.state.bad_in_a_row;
         self.session.observer.note(&format!(
@@ -287,11 +342,8 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
         if in_a_row < self.settings.train.max_bad_steps {
             return Ok(());
         }
-        let cells: Vec<&str> = batches
-            .iter()
-            .flat_map(|b| &b.cells)
-            .filter_map(|cell| self.trunk.corpus.cell_id(*cell as usize).ok())
-            .collect();
+        let cells: Vec<&str> =
+            cells.iter().filter_map(|cell| self.trunk.corpus.cell_id(*cell as usize).ok()).collect();
         let dump = self.session.folder.path().join(format!("bad-step-{step}.json"));
         let report = json!({"step": step, "first_bad": place, "cell_ids": cells});
         super::folder::write_atomically(&dump, format!("{report:#}\n").as_bytes())?;
@@ -302,22 +354,17 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
             .next("lower optimizer.learning_rate, and go on from the last checkpoint with --resume"))
     }
 
-    fn first_bad_tensor(&mut self) -> Result<String> {
-        let trunk = &mut *self.trunk;
-        let flat = trunk.dev.download(trunk.grads.flat())?;
-        for (parameter, range) in trunk.params.layout().list() {
-            if flat[range.clone()].iter().any(|g| !g.is_finite()) {
-                return Ok(parameter.name.clone());
-            }
+    /// The tensor that holds the first bad element, given the place in each group's flat gradient.
+    fn first_bad_tensor(&mut self, places: &[f64]) -> String {
+        let layout = self.trunk.params.layout();
+        let place = places[0] as usize;
+        if let Some((parameter, _)) = layout.list().into_iter().find(|(_, range)| range.contains(&place)) {
+            return parameter.name.clone();
         }
-        if let Some(own) = self.task.own() {
-            let mut values = vec![0.0; own.len];
-            trunk.dev.read(&*own.grad, &mut values)?;
-            if values.iter().any(|g| !g.is_finite()) {
-                return Ok(own.name.to_string());
-            }
+        match self.task.own() {
+            Some(own) if (places[1] as usize) < own.len => own.name.into(),
+            _ => "every tensor taken together (the sum of squares overflows)".into(),
         }
-        Ok("every tensor taken together (the sum of squares overflows)".into())
     }
 
     fn evaluate(&mut self, step: u64) -> Result<Evaluation> {
@@ -342,6 +389,7 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
     }
 
     fn publish(&mut self, step: u64, best: bool) -> Result<()> {
+        self.settle(None)?;
         let (session, trunk, task) = (&self.session, &mut *self.trunk, &mut *self.task);
         let record = self.state.manifest(&session.identity);
         let place = session.folder.publish(step, record, |folder| {

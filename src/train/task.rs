@@ -16,8 +16,6 @@ pub struct Loss {
     pub total: f64,
     /// (name, value) of each term that is switched on.
     pub terms: Vec<(&'static str, f64)>,
-    /// Masked tokens, for the FLOP count.
-    pub masked: usize,
 }
 
 impl Loss {
@@ -27,7 +25,6 @@ impl Loss {
             self.terms = other.terms.iter().map(|(name, _)| (*name, 0.0)).collect();
         }
         self.total += other.total;
-        self.masked += other.masked;
         for (mine, theirs) in self.terms.iter_mut().zip(&other.terms) {
             mine.1 += theirs.1;
         }
@@ -83,9 +80,12 @@ impl Evaluation {
 
 /// A stage.
 pub trait Task<B: Backend<A>, A: Act> {
-    /// Adds the gradients of one logical batch to the trunk's and to its own. The loss values are read back from the device
-    /// when `read` is set; otherwise they are 0.
-    fn gradients(&mut self, trunk: &mut Trunk<B, A>, batch: &Batch, draw: Draw, read: bool) -> Result<Loss>;
+    /// Adds the gradients of one logical batch to the trunk's and to its own; returns its number of masked tokens. With `sums`
+    /// the trunk's scalars, which are 0 before, hold what [`Task::loss`] needs; nothing is read back here.
+    fn gradients(&mut self, trunk: &mut Trunk<B, A>, batch: &Batch, draw: Draw, sums: bool) -> Result<usize>;
+
+    /// The loss of a logical batch of `cells` cells and `masked` masked tokens, from the trunk's scalars.
+    fn loss(&self, scalars: &[f64], cells: usize, masked: usize) -> Loss;
 
     /// The stage's own weights, where it has some.
     fn own(&mut self) -> Option<Own<'_, B, A>>;

@@ -7,9 +7,10 @@
 use super::optimizer::{Moments, SLOTS, Span, spans};
 use crate::config::Settings;
 use crate::corpus::{Batch, BatchOptions, Corpus};
-use crate::device::Act;
+use crate::device::{Act, StepSizes};
 use crate::error::{Error, Result};
 use crate::model::flops::Work;
+use crate::model::heads::Masking;
 use crate::model::ledger::Ledger;
 use crate::model::weights::Parameter;
 use crate::model::{
@@ -116,6 +117,16 @@ impl<B: Backend<A>, A: Act> Trunk<B, A> {
         })
     }
 
+    /// Makes what kernels of this run work in, so that no step allocates: `masked` where there is a masked-gene term, and P
+    /// prototypes or classes.
+    pub fn reserve(&self, masked: Option<Masking>, types: usize) -> Result<()> {
+        let masked = masked.map_or(0, |masking| masking.room(self.capacity().tokens));
+        let (longest, parameters) = (self.options.max_tokens, self.params.layout().len());
+        let cells = self.options.cells;
+        let sizes = step_sizes(self.config(), self.capacity(), cells, longest, masked, types, parameters);
+        self.dev.reserve::<A>(&sizes)
+    }
+
     /// The network's configuration.
     pub fn config(&self) -> &ModelConfig {
         &self.encoder.config
@@ -198,6 +209,31 @@ pub fn work(config: &ModelConfig, batch: &Batch, masked: usize) -> Work {
     };
     work.masked = masked as u64;
     work
+}
+
+/// The largest sizes of a run over parts of `capacity` and logical batches of `batch_cells`.
+pub(super) fn step_sizes(
+    config: &ModelConfig,
+    capacity: Capacity,
+    batch_cells: usize,
+    longest: usize,
+    masked: usize,
+    types: usize,
+    parameters: usize,
+) -> StepSizes {
+    StepSizes {
+        tokens: capacity.tokens,
+        cells: capacity.cells,
+        batch_cells,
+        longest,
+        masked,
+        width: config.width,
+        heads: config.heads,
+        ffn: config.ffn,
+        vocab: config.vocab,
+        types,
+        parameters,
+    }
 }
 
 /// What the corpus packs: logical batches, bounded by cells alone.

@@ -132,7 +132,10 @@ where
     }
     /// Masks the uploaded cells.
     pub fn mask(&mut self) -> usize {
-        self.head.mask(&Cpu, &self.encoder.config, &self.batch, MASKING).unwrap()
+        let Rig { encoder, batch, head, .. } = self;
+        let masked = MASKING.count(&encoder.config, &batch.gene[..batch.tokens], batch.first_row);
+        head.mask(&Cpu, &encoder.config, batch, MASKING, masked).unwrap();
+        masked
     }
     /// The gradient of one parameter.
     pub fn gradient(&self, name: &str) -> &[f32] {
