@@ -16,6 +16,7 @@
 //! | [`train`] | steps, schedules, optimiser, run folders, resume |
 //! | [`eval`] | embeddings, metrics, probes, splits, zero-shot annotation |
 //! | [`report`], [`mod@bench`] | run records; timings against counted floors |
+//! | [`trace`] | ranges of time for Perfetto and NVTX |
 //! | [`cli`] | one file per command |
 //!
 //! Shape letters, everywhere: N packed tokens, C cells, L layers, D width, H heads, K head width, F feed-forward width,
@@ -45,4 +46,5 @@ pub mod objective;
 pub mod ops;
 pub mod report;
 pub mod rng;
+pub mod trace;
 pub mod train;

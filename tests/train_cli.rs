@@ -250,3 +250,83 @@ fn runs_side_by_side() {
     std::fs::create_dir(place.root.join("empty")).unwrap();
     place.fails("report @empty", 3, &["metrics.jsonl"]);
 }
+
+/// (name, start, end) of a trace's ranges in µs, outer before inner; panics where two overlap and neither holds the other.
+fn ranges(path: &Path) -> Vec<(String, f64, f64)> {
+    let json: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    assert_eq!(json["otherData"]["ranges_left_out"], 0);
+    let mut threads = std::collections::BTreeMap::<u64, Vec<(String, f64, f64)>>::new();
+    for event in json["traceEvents"].as_array().unwrap() {
+        assert_eq!((event["ph"].as_str(), event["pid"].as_u64()), (Some("X"), Some(1)));
+        let (start, length) = (event["ts"].as_f64().unwrap(), event["dur"].as_f64().unwrap());
+        let name = event["name"].as_str().unwrap().to_string();
+        threads.entry(event["tid"].as_u64().unwrap()).or_default().push((name, start, start + length));
+    }
+    for events in threads.values_mut() {
+        events.sort_by(|a, b| a.1.total_cmp(&b.1).then(b.2.total_cmp(&a.2)));
+        let mut open: Vec<f64> = Vec::new();
+        for (name, start, end) in events.iter() {
+            open.retain(|outer| outer > start);
+            // A nanosecond is what the file's microseconds are rounded to.
+            assert!(
+                open.iter().all(|outer| *end <= outer + 0.002),
+                "{name} at {start} outlives what holds it"
+            );
+            open.push(*end);
+        }
+    }
+    threads.into_values().flatten().collect()
+}
+
+/// Every phase is there, and the phases of all steps fill them: nothing that costs time is without a name.
+fn fills_its_steps(path: &Path, phases: &[&str]) {
+    let ranges = ranges(path);
+    let inside =
+        |outer: &(String, f64, f64), r: &(String, f64, f64)| outer.1 <= r.1 && r.2 <= outer.2 + 0.002;
+    let steps: Vec<_> = ranges.iter().filter(|r| r.0 == "step").collect();
+    assert!(steps.len() >= 3, "{} steps", steps.len());
+    let (mut named, mut whole) = (0.0, 0.0);
+    for step in &steps {
+        let within: Vec<_> =
+            ranges.iter().filter(|r| phases.contains(&r.0.as_str()) && inside(step, r)).collect();
+        let outermost = within.iter().filter(|r| !within.iter().any(|o| o != *r && inside(o, r)));
+        named += outermost.map(|r| r.2 - r.1).sum::<f64>();
+        whole += step.2 - step.1;
+    }
+    for phase in phases {
+        assert!(ranges.iter().any(|r| r.0 == *phase), "no range {phase:?}");
+    }
+    let share = named / whole;
+    assert!((0.8..1.001).contains(&share), "the phases are {share:.3} of the steps");
+}
+
+#[test]
+fn a_trace_names_every_phase_of_a_step() {
+    let place = Place::new();
+    typed_cells::write(&place.root, "x.cells", &[60, 30, 12], 0.0);
+    typed_cells::markers(&place.root, 3);
+    let phases =
+        ["batch wait", "upload", "forward", "loss", "backward", "optimizer", "evaluation", "checkpoint"];
+    let steps =
+        "--set train.steps=4 --set batch.cells=16 --label cell_type --split train=0.6,val=0.2,test=0.2";
+    let on = "--corpus @x.cells --trace";
+    place.json(&format!("pretrain --preset tiny {on} @p.json --out @pre {steps}"));
+    fills_its_steps(&place.root.join("p.json"), &[&phases[..], &["masks"]].concat());
+    let steps = "--set train.steps=3 --set batch.cells=16 --label cell_type";
+    place.json(&format!("refine --checkpoint @pre --markers @markers.gmt {on} @r.json --out @ref {steps}"));
+    fills_its_steps(&place.root.join("r.json"), &[&phases[..], &["masks"]].concat());
+    place.json(&format!("finetune --checkpoint @pre {on} @f.json --out @fine {steps}"));
+    fills_its_steps(&place.root.join("f.json"), &phases);
+    let ops = ranges(&place.root.join("r.json"));
+    for op in ["gene_attention_backward", "linear_backward_weight", "prototype_loss_forward", "adamw"] {
+        assert!(ops.iter().any(|r| r.0 == op), "no range {op:?}");
+    }
+    let bench = "bench step --preset tiny --mode train --head mlm --seq 64 --seconds 0.1 --trace @b.json";
+    place.json(bench);
+    fills_its_steps(&place.root.join("b.json"), &["forward", "loss", "backward", "optimizer"]);
+    // A run that fails leaves the trace of what it did; one that cannot be written stops before the work.
+    place.fails("pretrain --corpus @none.cells --preset tiny --out @bad --trace @e.json", 3, &["none.cells"]);
+    assert!(ranges(&place.root.join("e.json")).is_empty());
+    place.fails("pretrain --corpus @x.cells --preset tiny --out @bad --trace @no/t.json", 3, &["t.json"]);
+    place.fails("bench loader --trace @t.json", 2, &["bench step"]);
+}

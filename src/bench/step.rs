@@ -17,6 +17,7 @@ use crate::model::{
 };
 use crate::ops::{Backend, adamw};
 use crate::rng::{Philox, site};
+use crate::trace;
 use serde_json::{Value, json};
 
 /// What to time.
@@ -134,6 +135,7 @@ impl<B: Backend<A>, A: Act> Step<B, A> {
 
     /// One step.
     pub fn run(&mut self) -> Result<()> {
+        let _range = trace::range("step");
         let Step { encoder, params, acts, batch, head, training, steps, .. } = self;
         let (dev, config) = (&encoder.dev, &encoder.config);
         let depth = config.layers;
@@ -141,16 +143,21 @@ impl<B: Backend<A>, A: Act> Step<B, A> {
         encoder.forward(params.network(), input, acts, Pass::Eval, depth)?;
         let scale = 1.0 / head.as_ref().map_or(1, MaskedGenes::masked).max(1) as f32;
         if let Some(head) = head {
+            let _range = trace::range("loss");
             head.forward(dev, config, params, batch, acts, scale)?;
         }
         let Some(t) = training else { return Ok(()) };
         dev.clear(t.grads.flat_mut())?;
         match head {
-            Some(head) => head.backward(dev, config, params, batch, acts, scale, t.grads.named_mut())?,
+            Some(head) => {
+                let _range = trace::range("backward");
+                head.backward(dev, config, params, batch, acts, scale, t.grads.named_mut())?;
+            }
             None => dev.copy(&t.projection, acts.dx()?, batch.tokens * config.width)?,
         }
         let input = head.as_ref().map_or_else(|| batch.input(), |h| h.input(batch));
         encoder.backward(params.network(), input, acts, Pass::Eval, depth, t.grads.named_mut())?;
+        let _range = trace::range("optimizer");
         *steps += 1;
         let update = params.update();
         let mut copy = update.copy;

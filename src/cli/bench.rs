@@ -1,5 +1,6 @@
 //! `cellrefine bench`: timings against counted floors.
 
+use super::training::TraceFlag;
 use super::{Global, Output};
 use crate::backend::Choice;
 use crate::bench::{Effort, compare, kernels, loader, step, table};
@@ -7,6 +8,7 @@ use crate::config::Precision;
 use crate::error::{Error, Result};
 use crate::model::Preset;
 use crate::on_backend;
+use crate::trace::Trace;
 use serde_json::Value;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -61,6 +63,8 @@ pub struct Flags {
     /// Loader: input order in place of random order.
     #[arg(long)]
     sequential: bool,
+    #[command(flatten)]
+    trace: TraceFlag,
     /// An earlier report (the --json of the same command) to compare with.
     #[arg(long, value_name = "OLD.json")]
     compare: Option<PathBuf>,
@@ -98,6 +102,9 @@ fn share(text: &str) -> std::result::Result<f64, String> {
 
 pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
     let seed = global.seed.unwrap_or(0);
+    if flags.trace.is_set() && flags.what != What::Step {
+        return Err(Error::usage("--trace is for bench step"));
+    }
     let preset = Preset::named(&flags.preset)?;
     let mut json = match flags.what {
         What::Cpu => {
@@ -132,7 +139,10 @@ pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
                 effort: Effort::steps(flags.seconds),
                 seed,
             };
-            on_backend!(global.device, flags.dtype, |dev: B, A| step::run::<B, A>(dev, &case)?)
+            let trace = flags.trace.start()?;
+            let json = on_backend!(global.device, flags.dtype, |dev: B, A| step::run::<B, A>(dev, &case)?);
+            trace.map_or(Ok(()), Trace::finish)?;
+            json
         }
         What::Kernels => {
             let effort = Effort::kernels();

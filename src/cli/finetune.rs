@@ -1,9 +1,10 @@
 //! `cellrefine finetune`.
 
-use super::training::{ResumeFlag, SplitArgs, Watcher, help, inputs};
+use super::training::{ResumeFlag, SplitArgs, TraceFlag, Watcher, help, inputs};
 use super::{Global, Output};
 use crate::config::Stage;
 use crate::error::Result;
+use crate::trace::Trace;
 use crate::train::stages;
 use std::path::PathBuf;
 
@@ -33,6 +34,8 @@ pub struct Flags {
     split: SplitArgs,
     #[command(flatten)]
     resume: ResumeFlag,
+    #[command(flatten)]
+    trace: TraceFlag,
 }
 
 const EXAMPLES: &str = "Examples:\n  \
@@ -45,6 +48,8 @@ pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
     let mut inputs = inputs(global, &flags.corpus, &flags.out, split, &flags.resume);
     inputs.checkpoint = Some(flags.checkpoint.clone());
     inputs.globals = flags.markers.clone();
+    let trace = flags.trace.start()?;
     let summary = stages::finetune(&inputs, &mut Watcher::new(global))?;
+    trace.map_or(Ok(()), Trace::finish)?;
     Ok(Output { text: summary.to_text(), json: summary.to_json() })
 }

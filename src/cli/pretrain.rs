@@ -1,9 +1,10 @@
 //! `cellrefine pretrain`.
 
-use super::training::{ResumeFlag, SplitArgs, Watcher, help, inputs};
+use super::training::{ResumeFlag, SplitArgs, TraceFlag, Watcher, help, inputs};
 use super::{Global, Output};
 use crate::config::Stage;
 use crate::error::Result;
+use crate::trace::Trace;
 use crate::train::stages;
 use std::path::PathBuf;
 
@@ -38,6 +39,8 @@ pub struct Flags {
     split: SplitArgs,
     #[command(flatten)]
     resume: ResumeFlag,
+    #[command(flatten)]
+    trace: TraceFlag,
 }
 
 const EXAMPLES: &str = "Examples:\n  \
@@ -51,6 +54,8 @@ pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
     inputs.preset = flags.preset.clone();
     inputs.checkpoint = flags.checkpoint.clone();
     inputs.globals = flags.markers.clone();
+    let trace = flags.trace.start()?;
     let summary = stages::pretrain(&inputs, &mut Watcher::new(global))?;
+    trace.map_or(Ok(()), Trace::finish)?;
     Ok(Output { text: summary.to_text(), json: summary.to_json() })
 }

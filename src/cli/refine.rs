@@ -1,9 +1,10 @@
 //! `cellrefine refine`.
 
-use super::training::{ResumeFlag, SplitArgs, Watcher, help, inputs};
+use super::training::{ResumeFlag, SplitArgs, TraceFlag, Watcher, help, inputs};
 use super::{Global, Output};
 use crate::config::Stage;
 use crate::error::Result;
+use crate::trace::Trace;
 use crate::train::{MarkerInputs, stages};
 use std::path::PathBuf;
 
@@ -42,6 +43,8 @@ pub struct Flags {
     split: SplitArgs,
     #[command(flatten)]
     resume: ResumeFlag,
+    #[command(flatten)]
+    trace: TraceFlag,
 }
 
 const EXAMPLES: &str = "Examples:\n  \
@@ -59,6 +62,8 @@ pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
         gene_map: flags.gene_map.clone(),
         allow_unmatched: flags.allow_unmatched,
     };
+    let trace = flags.trace.start()?;
     let summary = stages::refine(&inputs, &markers, &mut Watcher::new(global))?;
+    trace.map_or(Ok(()), Trace::finish)?;
     Ok(Output { text: summary.to_text(), json: summary.to_json() })
 }

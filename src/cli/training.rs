@@ -2,6 +2,8 @@
 
 use super::{Global, Progress};
 use crate::config::{Sources, Stage};
+use crate::error::Result;
+use crate::trace::Trace;
 use crate::train::observer::{asked_to_stop, stop_on_signals};
 use crate::train::record::StepRecord;
 use crate::train::{Flow, Observer, Resume, RunInputs, SplitFlags};
@@ -61,6 +63,25 @@ impl ResumeFlag {
             Some("auto") => Resume::Auto,
             Some(_) => Resume::Last,
         }
+    }
+}
+
+/// `--trace FILE`.
+#[derive(Debug, clap::Args)]
+pub struct TraceFlag {
+    /// Write where the time goes, phase by phase and op by op, as a Chrome trace: open it in ui.perfetto.dev.
+    #[arg(long = "trace", value_name = "FILE.json")]
+    file: Option<PathBuf>,
+}
+
+impl TraceFlag {
+    /// Is a file named?
+    pub fn is_set(&self) -> bool {
+        self.file.is_some()
+    }
+    /// Records from here on, where a file is named.
+    pub fn start(&self) -> Result<Option<Trace>> {
+        self.file.as_deref().map(Trace::start).transpose()
     }
 }
 

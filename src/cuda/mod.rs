@@ -71,7 +71,9 @@ impl Cuda {
     /// # Errors
     /// No GPU code in this build, no driver, an old driver, no such GPU (4).
     pub fn open(ordinal: usize) -> Result<Self> {
-        Ok(Self::over(Driver::Gpu(gpu::Gpu::open(ordinal)?)))
+        let gpu = gpu::Gpu::open(ordinal)?;
+        crate::trace::to_nvtx();
+        Ok(Self::over(Driver::Gpu(gpu)))
     }
 
     /// The emulator: no GPU needed. The schedule comes from CELLREFINE_EMULATOR_SCHEDULE (`late`, `reversed`, `eager`),

@@ -86,6 +86,7 @@ impl<B: Device> Encoder<B> {
     where
         B: Backend<A>,
     {
+        let _range = crate::trace::range("forward");
         self.check(input, acts, depth)?;
         let Activations { x, mean, rstd, .. } = acts;
         let out = embed::Out { x: &mut x[0], mean, rstd };
@@ -200,6 +201,7 @@ impl<B: Device> Encoder<B> {
     where
         B: Backend<A>,
     {
+        let _range = crate::trace::range("backward");
         self.check(input, acts, depth)?;
         if !acts.trains() {
             return Err(evaluation_buffers());

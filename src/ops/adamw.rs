@@ -71,5 +71,6 @@ pub fn step<A: Act, B: AdamW<A>>(
     if hyper.norm_slot >= state.scalars.len() {
         return Err(Error::bug("adamw: no such norm slot").found(hyper.norm_slot));
     }
+    let _range = crate::trace::range("adamw");
     dev.adamw(range, hyper, state)
 }

@@ -42,5 +42,6 @@ pub fn forward_backward<B: Anchor>(
 ) -> Result<()> {
     let n = dims.rows * dims.width;
     check_all!("anchor", z: z, n; z0: z0, n; loss: loss, dims.rows; dz: dz, n);
+    let _range = crate::trace::range("anchor");
     dev.anchor(dims, z, z0, loss, dz)
 }

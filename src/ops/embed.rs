@@ -123,6 +123,7 @@ pub fn forward<A: Act, B: Embed<A>>(
 ) -> Result<()> {
     check_tables(dims, &tables)?;
     check_all!("embed", x: out.x, dims.tokens * dims.width; mean: out.mean, dims.tokens; rstd: out.rstd, dims.tokens);
+    let _range = crate::trace::range("embed_forward");
     dev.embed_forward(dims, tables, out)
 }
 
@@ -139,5 +140,6 @@ pub fn backward<A: Act, B: Embed<A>>(
         rstd: input.rstd, dims.tokens; dword: grads.word, dims.vocab * dims.width;
         dposition: grads.position_table, dims.positions * dims.width; dtype: grads.type_table, dims.width;
         dweight: grads.weight, dims.width; dbias: grads.bias, dims.width);
+    let _range = crate::trace::range("embed_backward");
     dev.embed_backward(dims, tables, input, grads)
 }

@@ -115,6 +115,7 @@ pub fn forward<A: Act, B: GeneAttention<A>>(
 ) -> Result<()> {
     check_in(dims, &input)?;
     check_all!("gene_attention", o: o, dims.tokens * dims.width(); lse: lse, dims.tokens * dims.heads);
+    let _range = crate::trace::range("gene_attention_forward");
     dev.gene_attention_forward(dims, input, o, lse)
 }
 
@@ -131,6 +132,7 @@ pub fn backward<A: Act, B: GeneAttention<A>>(
     let n = dims.tokens * dims.width();
     check_all!("gene_attention backward", do_: backward.do_, n; o: backward.o, n;
         lse: backward.lse, dims.tokens * dims.heads; dqkv: dqkv, 3 * n; delta: delta, dims.tokens * dims.heads);
+    let _range = crate::trace::range("gene_attention_backward");
     dev.gene_attention_backward(dims, input, backward, dqkv, delta)
 }
 

@@ -103,6 +103,7 @@ pub fn forward<A: Act, B: LayerNorm<A>>(
     if let Some(r) = input.residual {
         check_all!("layernorm", residual: r, n);
     }
+    let _range = crate::trace::range("layernorm_forward");
     dev.layernorm_forward(dims, input, out)
 }
 
@@ -125,5 +126,6 @@ pub fn backward<A: Act, B: LayerNorm<A>>(
             "layernorm backward: `sum` is not the ReLU's output where something was added to it",
         ));
     }
+    let _range = crate::trace::range("layernorm_backward");
     dev.layernorm_backward(dims, input, grads)
 }

@@ -95,6 +95,7 @@ pub fn forward<A: Act, B: Linear<A>>(
     if let Some(b) = input.bias {
         check_all!("linear", bias: b, dims.outputs);
     }
+    let _range = crate::trace::range("linear_forward");
     dev.linear_forward(dims, input, y)
 }
 
@@ -110,6 +111,7 @@ pub fn backward_input<A: Act, B: Linear<A>>(
     if let Some(r) = input.relu_output {
         check_all!("linear input gradient", relu_output: r, dims.rows * dims.inputs);
     }
+    let _range = crate::trace::range("linear_backward_input");
     dev.linear_backward_input(dims, input, dx)
 }
 
@@ -126,5 +128,6 @@ pub fn backward_weight<A: Act, B: Linear<A>>(
     if let Some(b) = &dbias {
         check_all!("linear weight gradient", dbias: *b, dims.outputs);
     }
+    let _range = crate::trace::range("linear_backward_weight");
     dev.linear_backward_weight(dims, input, dweight, dbias)
 }

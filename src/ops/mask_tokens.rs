@@ -71,5 +71,6 @@ pub fn count(dims: Dims, gene: &[u32]) -> usize {
 pub fn mask<B: MaskTokens>(dev: &B, dims: Dims, gene: &B::Buf<u32>, out: Out<'_, B>) -> Result<()> {
     check_all!("mask_tokens", gene: gene, dims.tokens; masked_gene: out.gene, dims.tokens; index: out.index, dims.tokens;
         target: out.target, dims.tokens);
+    let _range = crate::trace::range("mask_tokens");
     dev.mask_tokens(dims, gene, out)
 }

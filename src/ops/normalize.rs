@@ -57,6 +57,7 @@ pub fn forward<B: Normalize>(
     if let Some(c) = center {
         check_all!("normalize", center: c, dims.width);
     }
+    let _range = crate::trace::range("normalize_forward");
     dev.normalize_forward(dims, h, center, z, inverse_norm)
 }
 
@@ -72,5 +73,6 @@ pub fn backward<B: Normalize>(
 ) -> Result<()> {
     let n = dims.rows * dims.width;
     check_all!("normalize backward", dz: dz, n; z: z, n; inverse_norm: inverse_norm, dims.rows; dh: dh, n);
+    let _range = crate::trace::range("normalize_backward");
     dev.normalize_backward(dims, dz, z, inverse_norm, accumulate, dh)
 }

@@ -66,6 +66,7 @@ pub fn forward<A: Act, B: Pool<A>>(
     h: &mut B::Buf<f32>,
 ) -> Result<()> {
     check_all!("pool", x: x, dims.tokens * dims.width; cell_start: cell_start, dims.cells + 1; h: h, dims.cells * dims.width);
+    let _range = crate::trace::range("pool_forward");
     dev.pool_forward(dims, x, cell_start, h)
 }
 
@@ -79,5 +80,6 @@ pub fn backward<A: Act, B: Pool<A>>(
 ) -> Result<()> {
     check_all!("pool backward", dh: dh, dims.cells * dims.width; cell_start: cell_start, dims.cells + 1;
         dx: dx, dims.tokens * dims.width);
+    let _range = crate::trace::range("pool_backward");
     dev.pool_backward(dims, dh, cell_start, dx)
 }

@@ -200,6 +200,7 @@ pub fn forward<A: Act, B: PrototypeLoss<A>>(
 ) -> Result<()> {
     check(dims, &input)?;
     check_all!("prototype_loss", loss: out.loss, dims.rows; lse: out.lse, dims.rows; dz: out.dz, dims.rows * dims.width);
+    let _range = crate::trace::range("prototype_loss_forward");
     dev.prototype_loss_forward(dims, input, out)
 }
 
@@ -218,6 +219,7 @@ pub fn backward<A: Act, B: PrototypeLoss<A>>(
             super::check_len("prototype_loss columns", name, *buf, dims.columns)?;
         }
     }
+    let _range = crate::trace::range("prototype_loss_backward");
     dev.prototype_loss_backward(dims, input, lse, grads)
 }
 
@@ -232,5 +234,6 @@ pub fn lse<A: Act, B: PrototypeLoss<A>>(
 ) -> Result<()> {
     check_all!("prototype_loss lse", z: z, dims.rows * dims.width; column: column, dims.columns * dims.width;
         lse: lse, dims.rows);
+    let _range = crate::trace::range("prototype_loss_lse");
     dev.prototype_loss_lse(dims, z, column, scale, lse)
 }

@@ -57,6 +57,7 @@ pub fn sum<B: Reduce>(
     slot: usize,
 ) -> Result<()> {
     check::<B>(x, len, scalars, slot)?;
+    let _range = crate::trace::range("reduce");
     dev.reduce(x, len, Sum::default(), scalars, slot)
 }
 
@@ -69,6 +70,7 @@ pub fn add_sum<B: Reduce>(
     slot: usize,
 ) -> Result<()> {
     check::<B>(x, len, scalars, slot)?;
+    let _range = crate::trace::range("reduce");
     dev.reduce(x, len, Sum { squared: false, add: true }, scalars, slot)
 }
 
@@ -81,6 +83,7 @@ pub fn sum_squares<B: Reduce>(
     slot: usize,
 ) -> Result<()> {
     check::<B>(x, len, scalars, slot)?;
+    let _range = crate::trace::range("reduce");
     dev.reduce(x, len, Sum { squared: true, add: false }, scalars, slot)
 }
 
@@ -93,6 +96,7 @@ pub fn add_sum_squares<B: Reduce>(
     slot: usize,
 ) -> Result<()> {
     check::<B>(x, len, scalars, slot)?;
+    let _range = crate::trace::range("reduce");
     dev.reduce(x, len, Sum { squared: true, add: true }, scalars, slot)
 }
 
@@ -107,5 +111,6 @@ pub fn first_bad<B: Reduce>(
     slot: usize,
 ) -> Result<()> {
     check::<B>(x, len, scalars, slot.max(when))?;
+    let _range = crate::trace::range("reduce_first_bad");
     dev.reduce_first_bad(x, len, scalars, when, slot)
 }

@@ -46,6 +46,7 @@ pub fn gather<A: Act, B: Rows<A>>(
     y: &mut B::Buf<A>,
 ) -> Result<()> {
     check_all!("rows gather", x: x, dims.rows * dims.width; index: index, dims.gathered; y: y, dims.gathered * dims.width);
+    let _range = crate::trace::range("rows_gather");
     dev.rows_gather(dims, x, index, y)
 }
 
@@ -59,5 +60,6 @@ pub fn scatter_add<A: Act, B: Rows<A>>(
 ) -> Result<()> {
     check_all!("rows scatter", dx: dx, dims.rows * dims.width; index: index, dims.gathered;
         dy: dy, dims.gathered * dims.width);
+    let _range = crate::trace::range("rows_scatter_add");
     dev.rows_scatter_add(dims, dy, index, dx)
 }

@@ -50,5 +50,6 @@ pub fn forward_backward<B: Structure>(
     let n = dims.prototypes * dims.width;
     check_all!("structure", p: p, n; jaccard: jaccard, dims.prototypes * dims.prototypes; loss: loss, dims.prototypes;
         dp: dp, n);
+    let _range = crate::trace::range("structure");
     dev.structure(dims, p, jaccard, loss, dp)
 }

@@ -190,6 +190,7 @@ impl<B: Backend<A>, A: Act> Task<B, A> for Finetune<B, A> {
             let (config, rows, pass) = (&encoder.config, &mut self.rows, draw.pass());
             encoder.forward(params.network(), part.input(), acts, pass, self.depth)?;
             heads::pool(dev, config, config.pooling, part, acts, self.depth, &mut rows.h)?;
+            let range = crate::trace::range("loss");
             let weights: Vec<f32> = class_of[cells.clone()]
                 .iter()
                 .map(|class| (weight_of(*class) as f64 / sum.max(f64::MIN_POSITIVE)) as f32)
@@ -207,9 +208,11 @@ impl<B: Backend<A>, A: Act> Task<B, A> for Finetune<B, A> {
             };
             classify.forward(dev, &mut rows.loss, &mut rows.lse, &mut rows.dh)?;
             classify.backward(dev, &rows.lse, self.grad.named_mut())?;
+            drop(range);
             heads::pool_backward(dev, config, config.pooling, part, &rows.dh, acts)?;
             encoder.backward(params.network(), part.input(), acts, pass, self.depth, grads.named_mut())?;
             if sums {
+                let _range = crate::trace::range("loss");
                 reduce::add_sum::<B>(dev, &rows.loss, cells.len(), scalars, LOSS_SLOT)?;
             }
         }

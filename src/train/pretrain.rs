@@ -11,6 +11,7 @@ use crate::model::heads::{MaskedGenes, Masking};
 use crate::model::ledger::Ledger;
 use crate::model::{Capacity, ModelConfig, Pass};
 use crate::ops::{Backend, reduce};
+use crate::trace;
 use std::path::Path;
 
 /// Step number of the masks under which validation cells are measured: the same at every evaluation.
@@ -32,6 +33,7 @@ impl<B: Backend<A>, A: Act> MaskedGeneTerm<B, A> {
 
     /// M of each part of a logical batch.
     pub fn counts(&self, trunk: &Trunk<B, A>, logical: &Logical<'_>, draw: Draw) -> Vec<usize> {
+        let _range = trace::range("masks");
         let masking = masking(&self.settings, draw.seed, draw.step);
         let count = |cells| {
             let tokens = logical.tokens(cells);
@@ -51,6 +53,7 @@ impl<B: Backend<A>, A: Act> MaskedGeneTerm<B, A> {
 
     /// The head's loss on the part; with `sum` its Σ over the masked tokens is added to the trunk's [`LOSS_SLOT`].
     pub fn loss(&mut self, trunk: &mut Trunk<B, A>, gradient_scale: f32, sum: bool) -> Result<()> {
+        let _range = trace::range("loss");
         let Trunk { dev, encoder, params, part, acts, scalars, .. } = trunk;
         self.masked.forward(dev, &encoder.config, params, part, acts, gradient_scale)?;
         match sum {
@@ -61,12 +64,14 @@ impl<B: Backend<A>, A: Act> MaskedGeneTerm<B, A> {
 
     /// Gradients of the head and the word table; `acts.dx` is set.
     pub fn backward(&mut self, trunk: &mut Trunk<B, A>, gradient_scale: f32) -> Result<()> {
+        let _range = trace::range("backward");
         let Trunk { dev, encoder, params, part, acts, grads, .. } = trunk;
         self.masked.backward(dev, &encoder.config, params, part, acts, gradient_scale, grads.named_mut())
     }
 
     /// The same, but added to `acts.dx`.
     pub fn backward_onto(&mut self, trunk: &mut Trunk<B, A>, gradient_scale: f32) -> Result<()> {
+        let _range = trace::range("backward");
         let Trunk { dev, encoder, params, part, acts, grads, .. } = trunk;
         self.masked.backward_onto(dev, &encoder.config, params, part, acts, gradient_scale, grads.named_mut())
     }

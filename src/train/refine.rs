@@ -185,6 +185,7 @@ impl<B: Backend<A>, A: Act> Refine<B, A> {
 
     /// The objective on the vectors in `h`; dL/dh is in `dh`, its terms' sums are in the trunk's scalars.
     fn step(&mut self, trunk: &mut Trunk<B, A>, batch: &Batch) -> Result<()> {
+        let _range = crate::trace::range("loss");
         let rows: Vec<u32> = batch
             .cells
             .iter()

@@ -23,6 +23,7 @@ use crate::error::{Error, Result};
 use crate::model::checkpoint::{self, Pointer};
 use crate::model::flops::Work;
 use crate::ops::Backend;
+use crate::trace;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -154,6 +155,7 @@ struct Run<'a, 'b, B: Backend<A>, A: Act> {
 
 impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
     fn step(&mut self) -> Result<()> {
+        let _range = trace::range("step");
         let started = Instant::now();
         let batches = self.next_batches()?;
         let step = self.state.step + 1;
@@ -226,6 +228,7 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
     }
 
     fn next_batches(&mut self) -> Result<Vec<Batch>> {
+        let _range = trace::range("batch wait");
         (0..self.settings.train.accumulate)
             .map(|_| self.loader.next_batch()?.ok_or_else(|| Error::bug("training ran out of batches")))
             .collect()
@@ -258,6 +261,7 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
 
     /// Their mean; `None` where they were not asked for.
     fn loss(&self, losses: Vec<Unread>) -> Result<Option<Loss>> {
+        let _range = trace::range("device wait");
         let batches = losses.len();
         let mut mean = Loss::default();
         for Unread { scalars, cells, masked } in losses {
@@ -269,6 +273,7 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
 
     /// The global gradient norm, left on the device, and on its way to the host.
     fn norm(&mut self) -> Result<Later<f64>> {
+        let _range = trace::range("optimizer");
         let trunk = &mut *self.trunk;
         let mut gradients = vec![(trunk.grads.flat(), trunk.params.layout().len())];
         let own = self.task.own();
@@ -281,6 +286,7 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
 
     /// Clipping and AdamW; the device leaves everything as it is where the norm is not finite. Every step before is settled.
     fn update(&mut self, step: u64) -> Result<()> {
+        let _range = trace::range("optimizer");
         let trunk = &mut *self.trunk;
         let (optimizer, accumulated) = (&self.settings.optimizer, self.settings.train.accumulate);
         let factor = self.schedule.factor(step - 1);
@@ -313,7 +319,9 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
     /// norm of the mean gradient. `loss` is that step's, where it is known.
     fn settle(&mut self, loss: Option<&Loss>) -> Result<Option<f64>> {
         let Some(Unsettled { step, scalars, cells }) = self.unsettled.take() else { return Ok(None) };
+        let range = trace::range("device wait");
         let scalars = scalars()?;
+        drop(range);
         let norm = scalars[NORM_SLOT].sqrt() / self.settings.train.accumulate as f64;
         if norm.is_finite() {
             self.state.updates += 1;
@@ -368,6 +376,7 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
     }
 
     fn evaluate(&mut self, step: u64) -> Result<Evaluation> {
+        let _range = trace::range("evaluation");
         let cells = std::mem::take(&mut self.session.validation);
         let evaluation = self.task.evaluate(self.trunk, &cells);
         self.session.validation = cells;
@@ -390,6 +399,7 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
 
     fn publish(&mut self, step: u64, best: bool) -> Result<()> {
         self.settle(None)?;
+        let _range = trace::range("checkpoint");
         let (session, trunk, task) = (&self.session, &mut *self.trunk, &mut *self.task);
         let record = self.state.manifest(&session.identity);
         let place = session.folder.publish(step, record, |folder| {

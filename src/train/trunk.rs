@@ -154,6 +154,7 @@ impl<B: Backend<A>, A: Act> Trunk<B, A> {
 
     /// Copies the cells of one part in.
     pub fn load(&mut self, logical: &Logical<'_>, cells: &Range<usize>, first_row: u64) -> Result<()> {
+        let _range = crate::trace::range("upload");
         let tokens = logical.tokens(cells);
         let start: Vec<u32> = logical.batch.cell_start[cells.start..=cells.end]
             .iter()
