@@ -67,6 +67,8 @@ fn marker_sparse<B: GeneAttention<A>, A: ActSample>(dev: &B) {
     }
     check(dev, &Case::dense(&[3, 150, 20], 2, 64).sparse(20, 12));
     check(dev, &Case::dense(&[100, 45], 1, 128).sparse(9, 30));
+    // Half the tokens are global, so a window spans half as many places as ranks: tiles at either end of it hold no pair.
+    check(dev, &Case::dense(&[330], 1, 128).sparse(96, 2));
 }
 
 fn dropout<B: GeneAttention<A>, A: ActSample>(dev: &B) {

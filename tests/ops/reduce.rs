@@ -31,6 +31,14 @@ fn sums_are_f64_in_fixed_order<B: reduce::Reduce>(dev: &B) {
         assert_same_bits("two threads", &two, &one);
         assert_same_bits("three threads", &three, &one);
     }
+    // A part that does not start at 16 bytes.
+    let (x, mut scalars) = (cases::normal::<f32>(2, 300, 1.0), input(dev, &[0.0f64]));
+    let x_buf = input(dev, &x);
+    // SAFETY: the part is read alone.
+    let part = unsafe { dev.part(x_buf.buf(), 1..300) };
+    reduce::sum(dev, &part, 299, scalars.buf_mut(), 0).unwrap();
+    let want: f64 = x[1..].iter().map(|x| *x as f64).sum();
+    assert!((scalars.read()[0] - want).abs() <= 1e-13 * 300.0, "{} {want}", scalars.read()[0]);
     let (bad, mut scalars) = (input(dev, &[1.0, f32::NAN, 2.0]), input(dev, &[0.0f64]));
     reduce::sum_squares(dev, bad.buf(), 3, scalars.buf_mut(), 0).unwrap();
     assert!(scalars.read()[0].is_nan());
