@@ -151,6 +151,26 @@ fn evaluation_buffers_give_what_training_buffers_give() {
     }
 }
 
+/// Layers that are run again before their backward give the same gradients, bit for bit, whatever dropout draws.
+#[test]
+fn recomputed_layers_give_the_same_bits() {
+    let config = full_config();
+    let cells = Cells::random(&config, &LENGTHS, 4);
+    let pass = Pass::Train { seed: 5, step: 2, view: 0 };
+    let run = |recompute: bool| {
+        let mut rig = Rig::<f32>::random(&config, CAPACITY);
+        rig.acts = Activations::training(&mut Ledger::new(&Cpu), &config, CAPACITY, recompute).unwrap();
+        rig.upload(&cells);
+        rig.mask();
+        let loss = rig.masked_loss(pass, 1.0, true);
+        (loss, rig.grads.flat().to_vec())
+    };
+    let ((kept_loss, kept), (loss, recomputed)) = (run(false), run(true));
+    assert_eq!(loss.to_bits(), kept_loss.to_bits());
+    assert!(kept.iter().any(|g| *g != 0.0));
+    assert_same_bits("gradients", &recomputed, &kept);
+}
+
 /// A logical batch in one piece and in two: equal dropout and masking bits, so equal losses and states, and gradients that
 /// differ only by the order of their sums.
 #[test]

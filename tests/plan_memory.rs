@@ -93,6 +93,7 @@ fn a_run_allocates_what_plan_says() {
     pretrain("f32", &[]);
     pretrain("bf16", &["train.precision=bf16"]);
     pretrain("sparse", &["model.attention=marker-sparse", "model.window=3", "train.accumulate=2"]);
+    pretrain("recompute", &["train.recompute=true"]);
     pretrain("whole", &["batch.tokens=100000", "batch.max_tokens=20"]);
     let refine = |what: &str, label: bool, set: &[&str]| {
         let inputs = case.inputs(what, Some("f32"), label, set);

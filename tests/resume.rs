@@ -160,6 +160,19 @@ fn pretrain_resumes_bit_for_bit() {
 }
 
 #[test]
+fn recomputation_may_begin_in_the_middle_of_a_run() {
+    let case = Case::new();
+    let set = ["train.steps=9", "model.hidden_dropout=0.1"];
+    let whole = stages::pretrain(&case.inputs("whole", &set), &mut Script::default()).unwrap();
+    let e =
+        stages::pretrain(&case.inputs("moved", &set), &mut Script { stops: vec![4], ..Script::default() });
+    assert_eq!(e.unwrap_err().kind(), Kind::Interrupted);
+    let mut inputs = case.inputs("moved", &[set[0], set[1], "train.recompute=true"]);
+    inputs.resume = Resume::Last;
+    assert_same(&whole, &stages::pretrain(&inputs, &mut Script::default()).unwrap());
+}
+
+#[test]
 fn pretrain_resumes_with_accumulation_and_class_sampling() {
     let case = Case::new();
     let set = ["train.steps=9", "train.accumulate=3", "batch.sampling=sqrt", "optimizer.schedule=linear"];

@@ -83,7 +83,7 @@ impl<B: Backend<A>, A: Act> Step<B, A> {
         let masking = Masking::bert(case.seed, 0);
         let mut ledger = Ledger::new(dev);
         let acts = match case.train {
-            true => Activations::training(&mut ledger, &config, capacity)?,
+            true => Activations::training(&mut ledger, &config, capacity, false)?,
             false => Activations::evaluation(&mut ledger, &config, capacity)?,
         };
         let activation_bytes = ledger.bytes();

@@ -106,6 +106,7 @@ impl Settings {
                 accumulate: 1,
                 max_bad_steps: 10,
                 precision: Precision::F32,
+                recompute: false,
             },
             mask: MaskSettings { probability: 0.15, mask_share: 0.8, random_share: 0.1 },
             finetune: FinetuneSettings {

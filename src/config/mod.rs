@@ -130,6 +130,8 @@ pub struct TrainSettings {
     pub max_bad_steps: u64,
     /// Type of the activations.
     pub precision: Precision,
+    /// Keep hidden states alone and run each layer again before its backward: less memory, more work, the same bits.
+    pub recompute: bool,
 }
 
 /// Masked genes.

@@ -1,8 +1,9 @@
 //! Every buffer of a forward and backward pass, made once for the largest batch.
 //!
 //! Training keeps what backward needs: per token and layer `8D + F` activations (qkv 3D, attention output D, the two sums
-//! D + D, the two LayerNorm outputs D + D, feed-forward F) and `H + 4` statistics. Evaluation keeps one layer and two hidden states
-//! that take turns. Softmax and ReLU are undone from what is kept; nothing is ever (L × L).
+//! D + D, the two LayerNorm outputs D + D, feed-forward F) and `H + 4` statistics. Training that recomputes keeps the hidden states,
+//! D per token and layer, and one layer that is run again before its backward. Evaluation keeps one layer and two hidden states that
+//! take turns. Softmax and ReLU are undone from what is kept; nothing is ever (L × L).
 
 use super::config::ModelConfig;
 use super::ledger::Ledger;
@@ -71,15 +72,22 @@ pub struct Activations<B: Device, A: Act> {
     pub(super) mean: B::Buf<f32>,
     /// Embedding LayerNorm (N).
     pub(super) rstd: B::Buf<f32>,
-    /// L in training, one in evaluation.
+    /// L in training; one in evaluation and where training recomputes: the last one that ran.
     pub(super) layers: Vec<LayerActivations<B, A>>,
     pub(super) backward: Option<BackwardBuffers<B, A>>,
 }
 
 impl<B: Device, A: Act> Activations<B, A> {
-    /// Buffers for forward and backward.
-    pub fn training(ledger: &mut Ledger<B>, config: &ModelConfig, capacity: Capacity) -> Result<Self> {
-        let mut acts = Self::with(ledger, config, capacity, config.layers + 1, config.layers)?;
+    /// Buffers for forward and backward. With `recompute`, all layers share one set and backward runs each layer again: the
+    /// same bits, about a third more work, `L - 1` layers' buffers less.
+    pub fn training(
+        ledger: &mut Ledger<B>,
+        config: &ModelConfig,
+        capacity: Capacity,
+        recompute: bool,
+    ) -> Result<Self> {
+        let kept = if recompute { config.layers.min(1) } else { config.layers };
+        let mut acts = Self::with(ledger, config, capacity, config.layers + 1, kept)?;
         let (n, d) = (capacity.tokens, config.width);
         acts.backward = Some(BackwardBuffers {
             dx: ledger.zeros("backward.dx", "(N, D)", n * d)?,
@@ -206,20 +214,22 @@ mod tests {
     #[test]
     fn the_plan_is_what_is_allocated_and_linear_in_tokens() {
         let config = PRESETS[2].config(1000, Vocabulary::default());
-        let bytes = |tokens: usize| {
+        let bytes = |tokens: usize, recompute: bool| {
             let capacity = Capacity { tokens, cells: 8 };
             let device = Counting::default();
-            Activations::<_, bf16>::training(&mut Ledger::new(&device), &config, capacity).unwrap();
+            Activations::<_, bf16>::training(&mut Ledger::new(&device), &config, capacity, recompute)
+                .unwrap();
             let mut plan = Ledger::new(&Paper);
-            Activations::<_, bf16>::training(&mut plan, &config, capacity).unwrap();
+            Activations::<_, bf16>::training(&mut plan, &config, capacity, recompute).unwrap();
             assert_eq!(plan.bytes(), device.0.load(Ordering::Relaxed));
             plan.bytes()
         };
         let (d, f, h, l) = (256, 512, 4, 6);
         let per_layer = (8 * d + f) * 2 + (h + 4) * 4;
         let once = 2 * d + 2 * 4 + (7 * d + f) * 2 + h * 4;
-        assert_eq!(bytes(1), (l * per_layer + once) as u64);
-        assert_eq!(bytes(4096), 4096 * bytes(1));
+        assert_eq!(bytes(1, false), (l * per_layer + once) as u64);
+        assert_eq!(bytes(4096, false), 4096 * bytes(1, false));
+        assert_eq!(bytes(1, true), (l * 2 * d + per_layer - 2 * d + once) as u64);
     }
 
     #[test]

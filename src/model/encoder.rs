@@ -7,7 +7,7 @@
 //!         x'  = LN( n + dropout(W_down relu(W_up n + b_up) + b_down) )
 //! ```
 //! Post-LN: the residual stream is normalised after every sum. `backward` is `forward` read from the bottom to the top; it
-//! recomputes nothing but attention probabilities, embedding sums and dropout masks.
+//! recomputes attention probabilities, embedding sums and dropout masks; and whole layers, where the activations keep one alone.
 
 use super::activations::Activations;
 use super::batch::Input;
@@ -207,6 +207,10 @@ impl<B: Device> Encoder<B> {
             return Err(evaluation_buffers());
         }
         for layer in (0..depth).rev() {
+            // One set of buffers for all layers holds the last one that ran.
+            if acts.layers.len() == 1 && layer + 1 < depth {
+                self.layer_forward(layer, &weights.layers[layer], input, acts, pass)?;
+            }
             self.layer_backward(layer, &weights.layers[layer], input, acts, pass, &mut grads.layers[layer])?;
         }
         let (mean, rstd) = (&acts.mean, &acts.rstd);
@@ -242,7 +246,7 @@ impl<B: Device> Encoder<B> {
         let (dev, d, f) = (&self.dev, self.config.width, self.config.ffn);
         let dropout = |place| pass.dropout(self.config.hidden_dropout, layer, place, input.batch.first_row);
         let Activations { x, layers, backward, .. } = acts;
-        let (x, keep) = (&x[layer], &layers[layer]);
+        let (x, keep) = (&x[layer], &layers[layer % layers.len()]);
         let Some(back) = backward else { return Err(evaluation_buffers()) };
 
         // x' = LN(norm1 + dropout(down))

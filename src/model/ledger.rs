@@ -12,8 +12,7 @@ pub struct Ledger<'d, B> {
 }
 
 /// How buffers over tokens get smaller.
-const FEWER_TOKENS: &str =
-    "lower batch.tokens, and below the longest cell batch.max_tokens; `cellrefine plan` lists every buffer";
+const FEWER_TOKENS: &str = "train.recompute=true, or lower batch.tokens (below the longest cell also batch.max_tokens); `cellrefine plan` lists every buffer";
 
 /// The setting that makes a buffer of this shape smaller, told from its letters.
 fn remedy(shape: &str) -> &'static str {

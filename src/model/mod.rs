@@ -19,7 +19,7 @@
 //! let encoder = Encoder::new(dev, config);                        // a handle, cheap
 //! let mut params = Parameters::<B, A>::random(&dev, &config, seed)?;   // or checkpoint::load(…)
 //! let mut grads = Store::zeros(&dev, params.layout())?;           // f32
-//! let mut acts = Activations::training(&mut ledger, &config, capacity)?;
+//! let mut acts = Activations::training(&mut ledger, &config, capacity, false)?;
 //! batch.upload(&dev, &config, &host_batch)?;
 //! encoder.forward(params.network(), batch.input(), &mut acts, pass, depth)?;
 //! heads::pool(…, &acts, …, &mut h)?;                              // (C, D) f32: the loss starts here

@@ -230,11 +230,12 @@ fn resume_point(inputs: &RunInputs, observer: &mut dyn Observer) -> Result<Optio
 }
 
 /// Settings that may differ between a run's start and its continuation: they do not touch the numbers.
-const FREE: [&str; 6] = [
+const FREE: [&str; 7] = [
     "train.log_every",
     "train.checkpoint_every",
     "train.keep",
     "train.max_bad_steps",
+    "train.recompute",
     "batch.ahead",
     "train.eval_cells",
 ];

@@ -111,7 +111,10 @@ fn plan_for<A: Act>(case: &PlanCase<'_>) -> Result<Plan> {
     group("weights", &mut |l| Parameters::<Paper, A>::planned(l, config).map(drop))?;
     group("gradients", &mut |l| Store::<Paper, f32>::planned(l, "gradients", &layout).map(drop))?;
     group("moments", &mut |l| Moments::planned(l, "the network", layout.len()).map(drop))?;
-    group("activations", &mut |l| Activations::<Paper, A>::training(l, config, capacity).map(drop))?;
+    let recompute = settings.train.recompute;
+    group("activations", &mut |l| {
+        Activations::<Paper, A>::training(l, config, capacity, recompute).map(drop)
+    })?;
     group("batch", &mut |l| {
         DeviceBatch::planned(l, config, capacity)?;
         l.zeros::<f32>("cell vectors of evaluation", "(C, D)", capacity.cells * config.width)?;

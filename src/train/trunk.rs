@@ -104,7 +104,7 @@ impl<B: Backend<A>, A: Act> Trunk<B, A> {
             grads: Store::planned(&mut ledger, "gradients", layout)?,
             moments: Moments::planned(&mut ledger, "the network", layout.len())?,
             spans: spans(layout, learns),
-            acts: Activations::training(&mut ledger, config, capacity)?,
+            acts: Activations::training(&mut ledger, config, capacity, settings.train.recompute)?,
             part: DeviceBatch::planned(&mut ledger, config, capacity)?,
             rows: ledger.zeros("cell vectors of evaluation", "(C, D)", capacity.cells * config.width)?,
             scalars: ledger.zeros("scalars", "()", SLOTS)?,

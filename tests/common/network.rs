@@ -95,7 +95,7 @@ where
         let mut ledger = Ledger::new(&Cpu);
         Rig {
             grads: Store::planned(&mut ledger, "gradients", params.layout()).unwrap(),
-            acts: Activations::training(&mut ledger, config, capacity).unwrap(),
+            acts: Activations::training(&mut ledger, config, capacity, false).unwrap(),
             head: MaskedGenes::planned(&mut ledger, config, capacity, MASKING).unwrap(),
             batch: DeviceBatch::planned(&mut ledger, config, capacity).unwrap(),
             encoder: Encoder::new(Cpu, config.clone()),
