@@ -100,10 +100,22 @@ pub struct StepSizes {
     pub parameters: usize,
 }
 
+/// The queues of a device. What is queued on one runs in that order; between the two, events order what has to be ordered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Queue {
+    /// Everything but [`Device::write_beside`].
+    Compute,
+    /// Copies from the host that run beside it.
+    Copies,
+}
+
 /// A device: where buffers live and ops run. Cheap to clone (a handle).
 pub trait Device: Sized + Clone + Send + Sync + 'static {
     /// Memory of this device, or a part of such memory. Not `Clone`: a copy of device memory is never made by accident.
     type Buf<T: Element>: Len + Send + Sync + 'static;
+
+    /// A point in the order of a queue.
+    type Event: Send + Sync + 'static;
 
     /// What `doctor` and the run record call this device.
     fn name(&self) -> String;
@@ -119,6 +131,19 @@ pub trait Device: Sized + Clone + Send + Sync + 'static {
 
     /// Host to device; `host` may be shorter than `buf`, the rest keeps its content.
     fn write<T: Element>(&self, buf: &mut Self::Buf<T>, host: &[T]) -> Result<()>;
+
+    /// An event at the end of all work queued so far on `queue`.
+    fn event(&self, queue: Queue) -> Result<Self::Event>;
+
+    /// Moves the event to the end of all work queued so far on `queue`.
+    fn record(&self, event: &mut Self::Event, queue: Queue) -> Result<()>;
+
+    /// Holds back what is queued on `queue` from now on until all work before the event is done. The host does not wait.
+    fn wait(&self, event: &Self::Event, queue: Queue) -> Result<()>;
+
+    /// As [`Device::write`], on [`Queue::Copies`]: an event keeps it behind what still reads `buf`, and another keeps what reads
+    /// the new content behind it. `host` may be reused at once.
+    fn write_beside<T: Element>(&self, buf: &mut Self::Buf<T>, host: &[T]) -> Result<()>;
 
     /// Device to host; `host` may be shorter than `buf`.
     fn read<T: Element>(&self, buf: &Self::Buf<T>, host: &mut [T]) -> Result<()>;

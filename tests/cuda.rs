@@ -5,9 +5,11 @@ use std::path::Path;
 
 #[cfg(emulator)]
 mod emulated {
-    use cellrefine::cuda::Cuda;
-    use cellrefine::device::{Device, Dropout, Len};
+    use cellrefine::cuda::{Cuda, Schedule};
+    use cellrefine::device::{Device, Dropout, Len, Queue};
     use cellrefine::error::Result;
+    use cellrefine::model::config::{PRESETS, Vocabulary};
+    use cellrefine::model::{Capacity, DeviceBatch};
     use cellrefine::ops::{layernorm, linear, prototype_loss, reduce, rows, structure};
 
     const ROWS: usize = 37;
@@ -31,6 +33,79 @@ mod emulated {
         assert!(dev.write(&mut copy, &[0.0; 3]).is_err() && dev.read(&copy, &mut [0.0; 3]).is_err());
         assert!(dev.zeros::<f64>(0).unwrap().is_empty());
         assert_eq!(dev.zeros::<f64>(usize::MAX / 64).err().unwrap().kind().exit_code(), 4);
+    }
+
+    /// Events are all that orders the two queues: what one forgets to wait for is an error, however the copies are timed.
+    #[test]
+    fn uploads_beside_the_work_keep_to_their_events() {
+        for schedule in Schedule::ALL {
+            let dev = Cuda::emulated_with(schedule).unwrap();
+            let mut buf = dev.zeros::<f32>(4).unwrap();
+            let mut other = dev.zeros::<f32>(4).unwrap();
+            let refused = |r: Result<()>| r.err().map(|e| e.to_string()).unwrap_or_default();
+            // The zeroing is work that has to be over.
+            let e = refused(dev.write_beside(&mut buf, &[1.0; 4]));
+            assert!(e.contains("queued work may still use"), "{e}");
+            let mut read = dev.event(Queue::Compute).unwrap();
+            dev.wait(&read, Queue::Copies).unwrap();
+            dev.write_beside(&mut buf, &[1.0; 4]).unwrap();
+            let filled = dev.event(Queue::Copies).unwrap();
+            let e = refused(dev.copy(&buf, &mut other, 4));
+            assert!(e.contains("whose upload it has not waited for"), "{e}");
+            // A second upload behind the event is not covered by it.
+            let mut third = dev.zeros::<f32>(1).unwrap();
+            dev.wait(&dev.event(Queue::Compute).unwrap(), Queue::Copies).unwrap();
+            dev.write_beside(&mut third, &[3.0]).unwrap();
+            dev.wait(&filled, Queue::Compute).unwrap();
+            assert!(!refused(dev.read(&third, &mut [0.0])).is_empty());
+            dev.copy(&buf, &mut other, 4).unwrap();
+            assert_eq!(dev.download(&other).unwrap(), [1.0; 4], "{schedule:?}");
+            // The copy read the buffer: the next upload waits for it.
+            dev.wait(&read, Queue::Copies).unwrap();
+            assert!(!refused(dev.write_beside(&mut buf, &[2.0])).is_empty(), "an event of before the work");
+            dev.record(&mut read, Queue::Compute).unwrap();
+            dev.wait(&read, Queue::Copies).unwrap();
+            dev.write_beside(&mut buf, &[2.0]).unwrap();
+            dev.wait(&dev.event(Queue::Copies).unwrap(), Queue::Compute).unwrap();
+            assert_eq!(dev.download(&buf).unwrap(), [2.0, 1.0, 1.0, 1.0]);
+            assert_eq!(dev.download(&third).unwrap(), [3.0]);
+            // Memory that goes takes its uploads along.
+            dev.write_beside(&mut third, &[4.0]).unwrap_err();
+            dev.wait(&dev.event(Queue::Compute).unwrap(), Queue::Copies).unwrap();
+            dev.write_beside(&mut third, &[4.0]).unwrap();
+            drop(third);
+            dev.wait(&dev.event(Queue::Copies).unwrap(), Queue::Compute).unwrap();
+        }
+    }
+
+    #[test]
+    fn the_next_batch_comes_in_beside_the_work_on_this_one() {
+        let dev = Cuda::emulated().unwrap();
+        let config = PRESETS[0].config(20, Vocabulary::default());
+        let batch = || DeviceBatch::new(&dev, &config, Capacity { tokens: 8, cells: 2 }).unwrap();
+        let (mut this, mut next) = (batch(), batch());
+        let mut read = dev.zeros::<u32>(8).unwrap();
+        this.upload_cells(&dev, &config, &[5, 6, 7], &[0, 3], None).unwrap();
+        dev.copy(&this.gene, &mut read, 8).unwrap();
+        this.retire(&dev).unwrap();
+        next.fill(&dev, &config, &[8, 9], &[0, 2], None).unwrap();
+        // That upload did not wait for the work on `this`: another one, to `this` itself, would come too early.
+        assert!(dev.write_beside(&mut this.gene, &[0]).is_err());
+        dev.copy(&next.gene, &mut read, 2).unwrap();
+        this.fill(&dev, &config, &[4], &[0, 1], None).unwrap();
+        dev.copy(&this.gene, &mut read, 1).unwrap();
+        assert_eq!(dev.download(&read).unwrap()[..3], [4, 9, 7]);
+    }
+
+    #[test]
+    fn a_later_read_is_of_its_own_moment() {
+        let dev = Cuda::emulated().unwrap();
+        let mut buf = dev.upload(&[1.0f64, 2.0]).unwrap();
+        let before = dev.read_later(&buf).unwrap();
+        dev.write(&mut buf, &[3.0]).unwrap();
+        let after = dev.read_later(&buf).unwrap();
+        drop(buf);
+        assert_eq!((after().unwrap(), before().unwrap()), (vec![3.0, 2.0], vec![1.0, 2.0]));
     }
 
     /// A small step: product, LayerNorm with a gradient through workspace, sum, clear and copy.
@@ -139,6 +214,11 @@ mod emulated {
         let e = dev.capture(|| dev.download(&step.x).map(|_| ())).err().expect("a download");
         assert!(e.to_string().contains("a copy to the host"), "{e}");
         let e = dev.capture(|| dev.write(&mut step.x, &[1.0])).err().expect("an upload");
+        assert!(e.to_string().contains("a copy from the host"), "{e}");
+        let event = dev.event(Queue::Copies).unwrap();
+        let e = dev.capture(|| dev.wait(&event, Queue::Compute)).err().expect("a wait");
+        assert!(e.to_string().contains("a wait for another queue"), "{e}");
+        let e = dev.capture(|| dev.write_beside(&mut step.x, &[1.0])).err().expect("an upload beside");
         assert!(e.to_string().contains("a copy from the host"), "{e}");
         let e = dev.capture(|| dev.capture(|| Ok(())).map(|_| ())).err().expect("two recordings");
         assert!(e.to_string().contains("a second recording"), "{e}");

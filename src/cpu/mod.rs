@@ -26,7 +26,7 @@ mod structure;
 
 pub use buffer::Buf;
 
-use crate::device::{Device, Element};
+use crate::device::{Device, Element, Queue};
 use crate::error::Result;
 use std::ops::Range;
 
@@ -36,6 +36,8 @@ pub struct Cpu;
 
 impl Device for Cpu {
     type Buf<T: Element> = Buf<T>;
+    /// Work is done when its call returns.
+    type Event = ();
 
     fn name(&self) -> String {
         format!("cpu ({} threads)", rayon::current_num_threads())
@@ -48,6 +50,22 @@ impl Device for Cpu {
     fn write<T: Element>(&self, buf: &mut Buf<T>, host: &[T]) -> Result<()> {
         buf[..host.len()].copy_from_slice(host);
         Ok(())
+    }
+
+    fn event(&self, _: Queue) -> Result<()> {
+        Ok(())
+    }
+
+    fn record(&self, _: &mut (), _: Queue) -> Result<()> {
+        Ok(())
+    }
+
+    fn wait(&self, _: &(), _: Queue) -> Result<()> {
+        Ok(())
+    }
+
+    fn write_beside<T: Element>(&self, buf: &mut Buf<T>, host: &[T]) -> Result<()> {
+        self.write(buf, host)
     }
 
     fn read<T: Element>(&self, buf: &Buf<T>, host: &mut [T]) -> Result<()> {

@@ -1,8 +1,11 @@
-//! One driver for the GPU and for the emulator: memory, copies, launches, all in the order in which they are called.
+//! One driver for the GPU and for the emulator: memory, copies, launches, all in the order in which they are called, except
+//! uploads on the queue of copies, which run beside the rest, as far as events allow.
 
 use super::functions::Kernel;
+use crate::device::Queue;
 use crate::error::Result;
 use std::ffi::c_void;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// Launch geometry.
@@ -63,6 +66,63 @@ pub fn traffic() -> Traffic {
     }
 }
 
+/// `match`es on the driver and calls the same method.
+macro_rules! each {
+    ($self:expr, $driver:ident => $call:expr) => {
+        match $self {
+            Driver::Gpu($driver) => $call,
+            #[cfg(emulator)]
+            Driver::Emulated($driver) => $call,
+        }
+    };
+}
+
+/// A point in the order of a queue.
+pub struct Event {
+    driver: Arc<Driver>,
+    point: Point,
+}
+
+/// What a driver knows of it.
+pub(super) enum Point {
+    Gpu(cudarc::driver::sys::CUevent),
+    #[cfg(emulator)]
+    Emulated(super::copy_queue::Point),
+}
+
+// SAFETY: a driver handle that any thread may use whose current context is its own, which every method sees to.
+unsafe impl Send for Event {}
+// SAFETY: as above; an event is moved by `&mut` alone.
+unsafe impl Sync for Event {}
+
+impl Event {
+    /// At the end of all work queued so far.
+    pub(super) fn new(driver: &Arc<Driver>, queue: Queue) -> Result<Self> {
+        let point = each!(&**driver, d => d.event()?);
+        let mut event = Event { driver: Arc::clone(driver), point };
+        event.record(queue)?;
+        Ok(event)
+    }
+
+    /// Moves it to the end of all work queued so far.
+    pub(super) fn record(&mut self, queue: Queue) -> Result<()> {
+        each!(&*self.driver, d => d.record(&mut self.point, queue))
+    }
+
+    /// Holds back what is queued on `queue` from now on.
+    pub(super) fn wait(&self, queue: Queue) -> Result<()> {
+        each!(&*self.driver, d => d.wait(&self.point, queue))
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        if let (Driver::Gpu(gpu), Point::Gpu(event)) = (&*self.driver, &self.point) {
+            gpu.destroy(*event);
+        }
+    }
+}
+
 /// A copy to the host that was queued.
 pub(super) enum LaterRead {
     Gpu(super::pinned::Block),
@@ -78,17 +138,6 @@ pub enum Driver {
     /// The kernels as host C++.
     #[cfg(emulator)]
     Emulated(super::emulated::Emulated),
-}
-
-/// `match`es on the driver and calls the same method.
-macro_rules! each {
-    ($self:expr, $driver:ident => $call:expr) => {
-        match $self {
-            Driver::Gpu($driver) => $call,
-            #[cfg(emulator)]
-            Driver::Emulated($driver) => $call,
-        }
-    };
 }
 
 impl Driver {
@@ -123,6 +172,16 @@ impl Driver {
         UPLOADS.fetch_add(1, Relaxed);
         // SAFETY: passed on.
         each!(self, d => unsafe { d.upload(to, host) })
+    }
+
+    /// Host to device on the queue of copies. `host` may be reused at once.
+    ///
+    /// # Safety
+    /// The device range lies within one allocation.
+    pub(super) unsafe fn upload_beside(&self, to: u64, host: &[u8]) -> Result<()> {
+        UPLOADS.fetch_add(1, Relaxed);
+        // SAFETY: passed on.
+        each!(self, d => unsafe { d.upload_beside(to, host) })
     }
 
     /// Device to host, behind all work that was queued before; waits for it.

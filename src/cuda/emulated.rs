@@ -1,16 +1,22 @@
 //! The emulator as a driver: kernels run as host C++ (`kernels/emulator/`), in the calling thread and its rayon pool.
 //!
-//! Memory is the host's ([`HostMemory`]). A launch is over when the call returns.
+//! Memory is the host's ([`HostMemory`]). A launch is over when the call returns; uploads on the queue of copies land when they
+//! have to ([`CopyQueue`]).
 //!
 //! CELLREFINE_EMULATOR_LIBRARY names a shared object with kernels of the same names (built from edited sources); its
 //! kernels run in place of those of this build. The mutants of the tests come in this way.
 
+mod library;
+
 use super::capture::not_recordable;
-use super::driver::{Grid, LaterRead};
+use super::copy_queue::CopyQueue;
+use super::driver::{Grid, LaterRead, Point};
 use super::functions::{EmulatedKernel, Kernel};
 use super::host_memory::HostMemory;
+use crate::device::Queue;
 use crate::error::{Error, Result};
-use std::ffi::{CStr, CString, c_char, c_void};
+use library::Library;
+use std::ffi::{CStr, c_char, c_void};
 use std::ptr;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -89,6 +95,7 @@ pub struct Emulated {
     schedule: Schedule,
     library: Option<Library>,
     memory: HostMemory,
+    copies: CopyQueue,
     /// While a thread records: its id and what it has queued.
     recording: Mutex<Option<(ThreadId, Vec<Work>)>>,
 }
@@ -100,6 +107,7 @@ enum Work {
         act: usize,
         grid: Grid,
         arguments: Vec<Box<[u64]>>,
+        sizes: Vec<usize>,
     },
     Clear {
         at: u64,
@@ -124,6 +132,7 @@ impl Emulated {
             schedule,
             library: library.transpose()?,
             memory: HostMemory::open()?,
+            copies: CopyQueue::new(schedule),
             recording: Mutex::default(),
         })
     }
@@ -147,11 +156,11 @@ impl Emulated {
     pub(super) fn replay(&self, graph: &Graph) -> Result<()> {
         for work in &graph.0 {
             match work {
-                Work::Launch { kernel, act, grid, arguments } => {
+                Work::Launch { kernel, act, grid, arguments, sizes } => {
                     let pointers: Vec<*mut c_void> =
                         arguments.iter().map(|a| a.as_ptr().cast_mut().cast()).collect();
                     // SAFETY: the values that the launch was recorded with; the graph's contract keeps the buffers alive.
-                    unsafe { self.launch_now(*kernel, *act, *grid, &pointers) }?;
+                    unsafe { self.launch_now(*kernel, *act, *grid, &pointers, sizes) }?;
                 }
                 // SAFETY: as when they were recorded.
                 Work::Clear { at, bytes } => unsafe { ptr::write_bytes(*at as *mut u8, 0, *bytes) },
@@ -175,7 +184,7 @@ impl Emulated {
     }
 
     /// Adds to the recording, or hands the work back where this thread is not recording.
-    fn record(&self, work: impl FnOnce() -> Work) -> bool {
+    fn recorded(&self, work: impl FnOnce() -> Work) -> bool {
         let mut recording = self.recording();
         match recording.as_mut() {
             Some((thread, list)) if *thread == std::thread::current().id() => {
@@ -189,7 +198,7 @@ impl Emulated {
     /// Runs work of the CPU backend in its place among the kernels.
     pub(super) fn call(&self, work: impl Fn() -> Result<()> + Send + Sync + 'static) -> Result<()> {
         if self.records() {
-            self.record(|| Work::Call(Box::new(work)));
+            self.recorded(|| Work::Call(Box::new(work)));
             return Ok(());
         }
         work()
@@ -203,14 +212,54 @@ impl Emulated {
     }
 
     pub(super) unsafe fn free(&self, address: u64) {
+        self.copies.forget(address);
         // SAFETY: passed on.
         unsafe { self.memory.free(address) }
+    }
+
+    /// One more piece of work, on the buffers at these addresses.
+    fn work_on(&self, addresses: &[u64]) -> Result<()> {
+        self.copies.work(addresses.iter().filter_map(|address| self.memory.allocation(*address)))
+    }
+
+    pub(super) fn event(&self) -> Result<Point> {
+        Ok(Point::Emulated(self.copies.point(Queue::Compute)))
+    }
+
+    pub(super) fn record(&self, point: &mut Point, queue: Queue) -> Result<()> {
+        if self.records() {
+            return Err(not_recordable("an event"));
+        }
+        *point = Point::Emulated(self.copies.point(queue));
+        Ok(())
+    }
+
+    pub(super) fn wait(&self, point: &Point, queue: Queue) -> Result<()> {
+        if self.records() {
+            return Err(not_recordable("a wait for another queue"));
+        }
+        match point {
+            Point::Emulated(point) => self.copies.wait(*point, queue),
+            Point::Gpu(_) => unreachable!("an event keeps the device that made it"),
+        }
+        Ok(())
+    }
+
+    pub(super) unsafe fn upload_beside(&self, to: u64, host: &[u8]) -> Result<()> {
+        if self.records() {
+            return Err(not_recordable("a copy from the host"));
+        }
+        match self.memory.allocation(to) {
+            Some(allocation) => self.copies.upload(allocation, to, host),
+            None => Ok(()), // nothing to copy
+        }
     }
 
     pub(super) unsafe fn upload(&self, to: u64, host: &[u8]) -> Result<()> {
         if self.records() {
             return Err(not_recordable("a copy from the host"));
         }
+        self.work_on(&[to])?;
         // SAFETY: the caller's range; host memory of this process.
         unsafe { ptr::copy_nonoverlapping(host.as_ptr(), to as *mut u8, host.len()) };
         Ok(())
@@ -220,6 +269,7 @@ impl Emulated {
         if self.records() {
             return Err(not_recordable("a copy to the host"));
         }
+        self.work_on(&[from])?;
         // SAFETY: as above.
         unsafe { ptr::copy_nonoverlapping(from as *const u8, host.as_mut_ptr(), host.len()) };
         Ok(())
@@ -233,18 +283,20 @@ impl Emulated {
     }
 
     pub(super) unsafe fn clear(&self, at: u64, bytes: usize) -> Result<()> {
-        if self.record(|| Work::Clear { at, bytes }) {
+        if self.recorded(|| Work::Clear { at, bytes }) {
             return Ok(());
         }
+        self.work_on(&[at])?;
         // SAFETY: as above.
         unsafe { ptr::write_bytes(at as *mut u8, 0, bytes) };
         Ok(())
     }
 
     pub(super) unsafe fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()> {
-        if self.record(|| Work::Copy { from, to, bytes }) {
+        if self.recorded(|| Work::Copy { from, to, bytes }) {
             return Ok(());
         }
+        self.work_on(&[from, to])?;
         // SAFETY: as above.
         unsafe { ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, bytes) };
         Ok(())
@@ -276,11 +328,11 @@ impl Emulated {
             };
             arguments.iter().zip(sizes).map(value).collect()
         };
-        if self.record(|| Work::Launch { kernel, act, grid, arguments: values() }) {
+        if self.recorded(|| Work::Launch { kernel, act, grid, arguments: values(), sizes: sizes.to_vec() }) {
             return Ok(());
         }
         // SAFETY: passed on.
-        unsafe { self.launch_now(kernel, act, grid, arguments) }
+        unsafe { self.launch_now(kernel, act, grid, arguments, sizes) }
     }
 
     /// # Safety
@@ -291,7 +343,13 @@ impl Emulated {
         act: usize,
         grid: Grid,
         arguments: &[*mut c_void],
+        sizes: &[usize],
     ) -> Result<()> {
+        // An argument of eight bytes that is an address within a buffer is taken for a pointer.
+        let words = arguments.iter().zip(sizes).filter(|(_, size)| **size == 8);
+        // SAFETY: eight bytes, by the caller's word.
+        let words: Vec<u64> = words.map(|(word, _)| unsafe { word.cast::<u64>().read_unaligned() }).collect();
+        self.work_on(&words)?;
         let entry = kernel.entry();
         let code = match &self.library {
             Some(library) => library.kernel(entry.name, act)?.unwrap_or(kernel.built_in(act)),
@@ -342,40 +400,6 @@ impl Emulated {
             error = error.wanted(self.memory.nearest(launch.fault_address));
         }
         Err(error)
-    }
-}
-
-/// A shared object with emulated kernels. Never closed: a kernel's code may be on a stack somewhere.
-struct Library(*mut c_void);
-
-// SAFETY: a handle of dlopen may be used from any thread.
-unsafe impl Send for Library {}
-// SAFETY: as above; dlsym is thread-safe.
-unsafe impl Sync for Library {}
-
-impl Library {
-    fn open(path: &str) -> Result<Self> {
-        let refused = |why: String| {
-            Error::input("cannot load the kernels of CELLREFINE_EMULATOR_LIBRARY").at(path).found(why)
-        };
-        let name = CString::new(path).map_err(|e| refused(e.to_string()))?;
-        // SAFETY: a C string; what the object runs when it is loaded is the user's choice.
-        let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
-        if handle.is_null() {
-            // SAFETY: after a failed dlopen, dlerror returns a C string or null.
-            let why = unsafe { libc::dlerror().cast_const().as_ref().map(|e| CStr::from_ptr(e)) };
-            return Err(refused(why.map_or("no reason given".into(), |w| w.to_string_lossy().into_owned())));
-        }
-        Ok(Library(handle))
-    }
-
-    /// The kernel of that name, where the object has one.
-    fn kernel(&self, name: &str, act: usize) -> Result<Option<*const EmulatedKernel>> {
-        let symbol = format!("cellrefine_{}_{name}", ["f32", "bf16"][act]);
-        let symbol = CString::new(symbol).map_err(|e| Error::bug(e.to_string()))?;
-        // SAFETY: a live handle and a C string.
-        let code: *const EmulatedKernel = unsafe { libc::dlsym(self.0, symbol.as_ptr()) }.cast_const().cast();
-        Ok((!code.is_null()).then_some(code))
     }
 }
 

@@ -1,13 +1,16 @@
 //! A GPU as a driver, over cudarc's thin layer of the CUDA driver API. libcuda is loaded at run time.
 //!
 //! cudarc panics when libcuda is missing, even while printing an error. So [`Gpu::open`] asks for the library first, and
-//! errors are told from their numbers alone. Everything is queued on one stream of our own: the legacy default stream cannot
-//! be captured. Not yet confirmed on a GPU.
+//! errors are told from their numbers alone. Everything is queued on two streams of our own, one for work and one for uploads
+//! beside it: the legacy default stream cannot be captured. Uploads pass through page-locked memory, so that the host never waits
+//! for one. Not yet confirmed on a GPU.
+
+mod queues;
 
 use super::cublas::Products;
-use super::driver::{Grid, LaterRead};
+use super::driver::Grid;
 use super::functions::{IMAGES, KERNELS, Kernel};
-use super::pinned::{Block, Reads};
+use super::pinned::{Reads, Ring};
 use crate::error::{Error, Result};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
@@ -26,12 +29,16 @@ pub struct Gpu {
     context: sys::CUcontext,
     device: sys::CUdevice,
     stream: sys::CUstream,
+    /// Uploads beside `stream`.
+    copies: sys::CUstream,
     /// Rows as in `KERNELS`; resolved once.
     functions: Vec<[Option<Function>; 2]>,
     /// Present once `open` has returned.
     products: Option<Products>,
     /// Small copies to the host.
     reads: Reads,
+    /// Copies from the host.
+    uploads: Ring,
 }
 
 struct Function {
@@ -169,8 +176,19 @@ impl Gpu {
         // SAFETY: the context just retained.
         unsafe { result::ctx::set_current(context) }.map_err(opening)?;
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(opening)?;
-        let (functions, reads) = (Vec::new(), Reads::default());
-        let mut gpu = Gpu { ordinal, name, context, device, stream, functions, products: None, reads };
+        let copies = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(opening)?;
+        let mut gpu = Gpu {
+            ordinal,
+            name,
+            context,
+            device,
+            stream,
+            copies,
+            functions: Vec::new(),
+            products: None,
+            reads: Reads::default(),
+            uploads: Ring::default(),
+        };
         gpu.functions = gpu.load()?;
         gpu.products = Some(Products::open(&gpu)?);
         Ok(gpu)
@@ -269,59 +287,6 @@ impl Gpu {
         }
     }
 
-    pub(super) unsafe fn upload(&self, to: u64, host: &[u8]) -> Result<()> {
-        self.enter()?;
-        // SAFETY: the caller's range. Pageable memory has been staged when the call returns.
-        unsafe { result::memcpy_htod_async(to, host, self.stream) }.map_err(|e| failure("copying to it", e))
-    }
-
-    pub(super) unsafe fn download(&self, from: u64, host: &mut [u8]) -> Result<()> {
-        self.enter()?;
-        // SAFETY: the caller's range; the stream is waited for before `host` is used again.
-        unsafe { result::memcpy_dtoh_async(host, from, self.stream) }
-            .map_err(|e| failure("copying from it", e))?;
-        self.synchronize()
-    }
-
-    pub(super) unsafe fn read_later(&self, from: u64, bytes: usize) -> Result<LaterRead> {
-        self.enter()?;
-        // SAFETY: the caller's range, on this GPU's stream.
-        unsafe { self.reads.begin(from, bytes, self.stream) }
-            .map(LaterRead::Gpu)
-            .map_err(|e| failure("copying from it", e))
-    }
-
-    pub(super) fn finish_read(&self, block: Block, host: &mut [u8]) -> Result<()> {
-        self.enter()?;
-        self.reads.finish(block, host).map_err(|e| failure("copying from it", e))
-    }
-
-    pub(super) fn synchronize(&self) -> Result<()> {
-        self.enter()?;
-        // SAFETY: the stream is alive.
-        unsafe { result::stream::synchronize(self.stream) }.map_err(|e| failure("finishing its work", e))
-    }
-
-    pub(super) unsafe fn clear(&self, at: u64, bytes: usize) -> Result<()> {
-        if bytes == 0 {
-            return Ok(());
-        }
-        self.enter()?;
-        // SAFETY: the caller's range.
-        unsafe { result::memset_d8_async(at, 0, bytes, self.stream) }
-            .map_err(|e| failure("clearing memory", e))
-    }
-
-    pub(super) unsafe fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()> {
-        if bytes == 0 {
-            return Ok(());
-        }
-        self.enter()?;
-        // SAFETY: the caller's ranges.
-        unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream) }
-            .map_err(|e| failure("copying within it", e))
-    }
-
     pub(super) fn poison(&self, _at: u64, _bytes: usize) {}
 
     pub(super) unsafe fn launch(
@@ -370,8 +335,11 @@ impl Drop for Gpu {
         if self.enter().is_ok() {
             // SAFETY: nothing is queued later; the primary context was retained once in `open`. Errors have no remedy here.
             unsafe {
+                let _ = result::stream::synchronize(self.copies);
                 let _ = result::stream::synchronize(self.stream);
                 self.reads.free();
+                self.uploads.free();
+                let _ = result::stream::destroy(self.copies);
                 let _ = result::stream::destroy(self.stream);
                 let _ = result::primary_ctx::release(self.device);
             }

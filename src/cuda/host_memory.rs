@@ -78,6 +78,13 @@ impl HostMemory {
         unsafe { libc::munmap((guard + page - pages) as *mut c_void, pages) };
     }
 
+    /// The start of the allocation that an address lies in.
+    pub(super) fn allocation(&self, address: u64) -> Option<u64> {
+        let live = self.live();
+        let (start, bytes) = live.range(..=address).next_back()?;
+        (address - start < *bytes as u64).then_some(*start)
+    }
+
     /// Where an address lies, told from the buffer before it.
     pub(super) fn nearest(&self, address: u64) -> String {
         match self.live().range(..=address).next_back() {

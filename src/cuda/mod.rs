@@ -7,6 +7,8 @@ mod adamw;
 mod anchor;
 mod buffer;
 mod capture;
+#[cfg(emulator)]
+mod copy_queue;
 pub mod cublas;
 mod driver;
 mod embed;
@@ -35,12 +37,12 @@ mod workspace;
 
 pub use buffer::Buf;
 pub use capture::Graph;
-pub use driver::{Driver, Grid, Traffic, traffic};
+pub use driver::{Driver, Event, Grid, Traffic, traffic};
 #[cfg(emulator)]
 pub use emulated::Schedule;
 pub use functions::Dropout as DropoutArgument;
 
-use crate::device::{Act, Device, Dropout, Element, Later, Len, StepSizes};
+use crate::device::{Act, Device, Dropout, Element, Later, Len, Queue, StepSizes};
 use crate::error::Result;
 use crate::rng;
 use std::ops::Range;
@@ -127,6 +129,7 @@ impl From<Dropout> for DropoutArgument {
 
 impl Device for Cuda {
     type Buf<T: Element> = Buf<T>;
+    type Event = Event;
 
     fn name(&self) -> String {
         self.driver().name()
@@ -142,6 +145,24 @@ impl Device for Cuda {
         buf.check_room(host.len())?;
         // SAFETY: the buffer holds at least that many bytes on this driver's device.
         unsafe { self.driver().upload(buf.address(), bytemuck::cast_slice(host)) }
+    }
+
+    fn event(&self, queue: Queue) -> Result<Event> {
+        Event::new(self.driver(), queue)
+    }
+
+    fn record(&self, event: &mut Event, queue: Queue) -> Result<()> {
+        event.record(queue)
+    }
+
+    fn wait(&self, event: &Event, queue: Queue) -> Result<()> {
+        event.wait(queue)
+    }
+
+    fn write_beside<T: Element>(&self, buf: &mut Buf<T>, host: &[T]) -> Result<()> {
+        buf.check_room(host.len())?;
+        // SAFETY: the buffer holds at least that many bytes on this driver's device.
+        unsafe { self.driver().upload_beside(buf.address(), bytemuck::cast_slice(host)) }
     }
 
     fn read<T: Element>(&self, buf: &Buf<T>, host: &mut [T]) -> Result<()> {

@@ -23,6 +23,15 @@ impl Block {
         Ok(Block { host, bytes, done })
     }
 
+    /// Frees it; no copy is on its way.
+    fn free(self) {
+        // SAFETY: made by `new`, used by nobody any more. Errors have no remedy here.
+        unsafe {
+            let _ = result::event::destroy(self.done);
+            let _ = result::free_host(self.host.cast());
+        }
+    }
+
     /// Waits until its last copy is done; at once where there was none.
     fn wait(&self) -> Result<(), DriverError> {
         // SAFETY: a live event.
@@ -70,12 +79,54 @@ impl Reads {
 
     /// Frees the blocks; no copy is on its way.
     pub(super) fn free(&mut self) {
-        for block in self.0.get_mut().unwrap_or_else(PoisonError::into_inner).drain(..) {
-            // SAFETY: made by `Block::new`, used by nobody any more. Errors have no remedy here.
+        self.0.get_mut().unwrap_or_else(PoisonError::into_inner).drain(..).for_each(Block::free);
+    }
+}
+
+/// Blocks of a ring, and bytes of one: several steps' batches, so that the host waits for a copy only when it is steps ahead.
+const BLOCKS: usize = 64;
+const BLOCK_BYTES: usize = 256 << 10;
+
+/// Blocks that uploads pass through in turn; each is made when its turn comes first.
+#[derive(Default)]
+pub(super) struct Ring(Mutex<(Vec<Block>, usize)>);
+
+impl Ring {
+    /// Queues the copy of `host` to the device; `host` may be reused at once.
+    ///
+    /// # Safety
+    /// The device range lies within one allocation; `stream` is alive.
+    pub(super) unsafe fn upload(
+        &self,
+        to: u64,
+        host: &[u8],
+        stream: sys::CUstream,
+    ) -> Result<(), DriverError> {
+        let mut ring = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (blocks, turn) = &mut *ring;
+        for (i, part) in host.chunks(BLOCK_BYTES).enumerate() {
+            if blocks.len() < BLOCKS {
+                blocks.push(Block::new(BLOCK_BYTES)?);
+                *turn = blocks.len() - 1;
+            }
+            let block = &blocks[*turn];
+            *turn = (*turn + 1) % BLOCKS;
+            block.wait()?;
+            // SAFETY: the block's last copy is done, and nobody else writes to it under this lock; the copy is queued, and the
+            // event behind it, before the block's next turn.
             unsafe {
-                let _ = result::event::destroy(block.done);
-                let _ = result::free_host(block.host.cast());
+                let staged = std::slice::from_raw_parts_mut(block.host, part.len());
+                staged.copy_from_slice(part);
+                result::memcpy_htod_async(to + (i * BLOCK_BYTES) as u64, staged, stream)?;
+                result::event::record(block.done, stream)?;
             }
         }
+        Ok(())
+    }
+
+    /// Frees the blocks; no copy is on its way.
+    pub(super) fn free(&mut self) {
+        let (blocks, _) = self.0.get_mut().unwrap_or_else(PoisonError::into_inner);
+        blocks.drain(..).for_each(Block::free);
     }
 }

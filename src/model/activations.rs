@@ -168,7 +168,7 @@ impl<B: Device, A: Act> Activations<B, A> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::{Element, Len};
+    use crate::device::{Element, Len, Queue};
     use crate::model::config::{PRESETS, Vocabulary};
     use crate::model::ledger::Paper;
     use half::bf16;
@@ -187,6 +187,7 @@ mod tests {
     }
     impl Device for Counting {
         type Buf<T: Element> = Counted;
+        type Event = ();
         fn name(&self) -> String {
             "counting".into()
         }
@@ -195,6 +196,18 @@ mod tests {
             Ok(Counted(len))
         }
         fn write<T: Element>(&self, _: &mut Counted, _: &[T]) -> Result<()> {
+            Ok(())
+        }
+        fn event(&self, _: Queue) -> Result<()> {
+            Ok(())
+        }
+        fn record(&self, _: &mut (), _: Queue) -> Result<()> {
+            Ok(())
+        }
+        fn wait(&self, _: &(), _: Queue) -> Result<()> {
+            Ok(())
+        }
+        fn write_beside<T: Element>(&self, _: &mut Counted, _: &[T]) -> Result<()> {
             Ok(())
         }
         fn read<T: Element>(&self, _: &Counted, _: &mut [T]) -> Result<()> {

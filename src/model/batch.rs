@@ -2,12 +2,19 @@
 //!
 //! Buffers are made once for a [`Capacity`] and refilled; an upload allocates nothing. `first_row` and `first_cell` place a
 //! micro-batch inside its logical batch, so that dropout and masking draw the same bits however the batch is cut.
+//!
+//! Uploads run on the device's queue of copies. With two batches that take turns, that of the next runs beside the work on this:
+//! ```text
+//! this.retire(&dev)?;                     // work queued so far may read it
+//! swap(&mut this, &mut next);
+//! this.fill(&dev, …)?;                    // waits for its own retirement alone, a turn ago
+//! ```
 
 use super::activations::Capacity;
 use super::config::ModelConfig;
 use super::ledger::Ledger;
 use crate::corpus::Batch;
-use crate::device::Device;
+use crate::device::{Device, Queue};
 use crate::error::{Error, Result};
 use crate::ops::gene_attention::Pattern;
 use half::f16;
@@ -48,6 +55,10 @@ pub struct DeviceBatch<B: Device> {
     /// Index of the first cell within the logical batch.
     pub first_cell: usize,
     capacity: Capacity,
+    /// Behind the work that reads what is in the buffers.
+    read: B::Event,
+    /// Behind the copies that filled them.
+    filled: B::Event,
     staging: Staging,
 }
 
@@ -80,12 +91,20 @@ impl<B: Device> DeviceBatch<B> {
         let n = capacity.tokens;
         let values = config.value_bins > 0;
         let sparse = matches!(config.attention, Pattern::MarkerSparse { .. });
+        let gene = ledger.zeros("batch.gene", "(N)", n)?;
+        let position = ledger.zeros("batch.position", "(N)", n)?;
+        let value_bin = values.then(|| ledger.zeros("batch.value_bin", "(N)", n)).transpose()?;
+        let cell_start = ledger.zeros("batch.cell_start", "(C + 1)", capacity.cells + 1)?;
+        let global = sparse.then(|| ledger.zeros("batch.global", "(N)", n)).transpose()?;
         Ok(DeviceBatch {
-            gene: ledger.zeros("batch.gene", "(N)", n)?,
-            position: ledger.zeros("batch.position", "(N)", n)?,
-            value_bin: values.then(|| ledger.zeros("batch.value_bin", "(N)", n)).transpose()?,
-            cell_start: ledger.zeros("batch.cell_start", "(C + 1)", capacity.cells + 1)?,
-            global: sparse.then(|| ledger.zeros("batch.global", "(N)", n)).transpose()?,
+            gene,
+            position,
+            value_bin,
+            cell_start,
+            global,
+            // Behind the zeroing.
+            read: ledger.dev().event(Queue::Compute)?,
+            filled: ledger.dev().event(Queue::Copies)?,
             tokens: 0,
             cells: 0,
             max_len: 0,
@@ -124,6 +143,24 @@ impl<B: Device> DeviceBatch<B> {
         cell_start: &[u32],
         value: Option<&[f16]>,
     ) -> Result<()> {
+        self.retire(dev)?;
+        self.fill(dev, config, gene, cell_start, value)
+    }
+
+    /// The work queued so far is the last that reads what is in the buffers.
+    pub fn retire(&mut self, dev: &B) -> Result<()> {
+        dev.record(&mut self.read, Queue::Compute)
+    }
+
+    /// The upload itself, behind the work that the batch was retired behind; work queued from now on waits for it.
+    pub fn fill(
+        &mut self,
+        dev: &B,
+        config: &ModelConfig,
+        gene: &[u32],
+        cell_start: &[u32],
+        value: Option<&[f16]>,
+    ) -> Result<()> {
         let (tokens, cells) = (gene.len(), cell_start.len().saturating_sub(1));
         if tokens > self.capacity.tokens || cells > self.capacity.cells {
             return Err(Error::bug("a batch is larger than its buffers")
@@ -131,14 +168,15 @@ impl<B: Device> DeviceBatch<B> {
                 .wanted(format!("at most {} and {}", self.capacity.tokens, self.capacity.cells)));
         }
         let max_len = check_cells(config, gene, cell_start)?;
-        dev.write(&mut self.gene, gene)?;
-        dev.write(&mut self.cell_start, cell_start)?;
+        dev.wait(&self.read, Queue::Copies)?;
+        dev.write_beside(&mut self.gene, gene)?;
+        dev.write_beside(&mut self.cell_start, cell_start)?;
         let per_token = &mut self.staging.per_token;
         per_token.clear();
         for w in cell_start.windows(2) {
             per_token.extend(0..w[1] - w[0]);
         }
-        dev.write(&mut self.position, per_token)?;
+        dev.write_beside(&mut self.position, per_token)?;
         if let Some(value_bins) = &mut self.value_bin {
             let value = value.filter(|v| v.len() == tokens).ok_or_else(|| {
                 Error::input("the network reads expression values and the corpus stores none")
@@ -147,15 +185,17 @@ impl<B: Device> DeviceBatch<B> {
             })?;
             per_token.clear();
             per_token.extend(value.iter().map(|v| value_bin(*v, config.value_bins)));
-            dev.write(value_bins, per_token)?;
+            dev.write_beside(value_bins, per_token)?;
         }
         if let Some(global) = &mut self.global {
             let is_global =
                 |id: u32| id < config.vocabulary.first_gene || config.globals.binary_search(&id).is_ok();
             self.staging.global.clear();
             self.staging.global.extend(gene.iter().map(|id| u8::from(is_global(*id))));
-            dev.write(global, &self.staging.global)?;
+            dev.write_beside(global, &self.staging.global)?;
         }
+        dev.record(&mut self.filled, Queue::Copies)?;
+        dev.wait(&self.filled, Queue::Compute)?;
         (self.tokens, self.cells, self.max_len) = (tokens, cells, max_len);
         (self.first_row, self.first_cell) = (0, 0);
         Ok(())

@@ -1,7 +1,7 @@
 //! Buffers by name. Every buffer of a run is asked for here, so that what `plan` prints and what a run allocates come from
 //! the same lines of code: the same constructors run over a real device, or over [`Paper`], which only counts.
 
-use crate::device::{Device, Element, Len};
+use crate::device::{Device, Element, Len, Queue};
 use crate::error::{Error, Result};
 use std::ops::Range;
 
@@ -96,6 +96,7 @@ fn no_memory<T>() -> Result<T> {
 
 impl Device for Paper {
     type Buf<T: Element> = PaperBuf<T>;
+    type Event = ();
     fn name(&self) -> String {
         "paper".into()
     }
@@ -103,6 +104,18 @@ impl Device for Paper {
         Ok(PaperBuf { len, _type: std::marker::PhantomData })
     }
     fn write<T: Element>(&self, _: &mut PaperBuf<T>, _: &[T]) -> Result<()> {
+        no_memory()
+    }
+    fn event(&self, _: Queue) -> Result<()> {
+        Ok(())
+    }
+    fn record(&self, _: &mut (), _: Queue) -> Result<()> {
+        Ok(())
+    }
+    fn wait(&self, _: &(), _: Queue) -> Result<()> {
+        Ok(())
+    }
+    fn write_beside<T: Element>(&self, _: &mut PaperBuf<T>, _: &[T]) -> Result<()> {
         no_memory()
     }
     fn read<T: Element>(&self, _: &PaperBuf<T>, _: &mut [T]) -> Result<()> {

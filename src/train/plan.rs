@@ -117,6 +117,7 @@ fn plan_for<A: Act>(case: &PlanCase<'_>) -> Result<Plan> {
     })?;
     group("batch", &mut |l| {
         DeviceBatch::planned(l, config, capacity)?;
+        DeviceBatch::planned(l, config, capacity)?;
         l.zeros::<f32>("cell vectors of evaluation", "(C, D)", capacity.cells * config.width)?;
         l.zeros::<f64>("scalars", "()", SLOTS).map(drop)
     })?;

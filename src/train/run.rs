@@ -7,9 +7,11 @@
 //! the next step's gradients are queued already, before that step's update, which is the first to depend on the count of updates.
 //! Logged steps, checkpoints and evaluations wait for the step that they end.
 
+mod settle;
+
 use super::folder::{RunFolder, verify};
 use super::observer::{Flow, Observer};
-use super::optimizer::{BAD_SLOT, Group, NORM_SLOT, squared_norm, update};
+use super::optimizer::{Group, squared_norm, update};
 use super::record::{Meter, Writers};
 use super::schedule::Schedule;
 use super::state::{Best, LoopState, read_moments, write_moments};
@@ -24,7 +26,8 @@ use crate::model::checkpoint::{self, Pointer};
 use crate::model::flops::Work;
 use crate::ops::Backend;
 use crate::trace;
-use serde_json::{Value, json};
+use serde_json::Value;
+use settle::Unsettled;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -121,15 +124,6 @@ struct Outcome {
     loss: Loss,
     evaluation: Option<Evaluation>,
     published: Option<PathBuf>,
-}
-
-/// A step whose norm is on its way from the device.
-struct Unsettled {
-    step: u64,
-    /// The trunk's scalars.
-    scalars: Later<f64>,
-    /// Corpus indices, for the report of a bad step.
-    cells: Vec<u32>,
 }
 
 /// The loss of a logical batch, on its way from the device.
@@ -313,66 +307,6 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
             update::<A, B>(&trunk.dev, optimizer, t, accumulated, group, &trunk.scalars)?;
         }
         Ok(())
-    }
-
-    /// Waits for the norm of the step before, where it is still on its way, and counts the update or the bad step. Returns the
-    /// norm of the mean gradient. `loss` is that step's, where it is known.
-    fn settle(&mut self, loss: Option<&Loss>) -> Result<Option<f64>> {
-        let Some(Unsettled { step, scalars, cells }) = self.unsettled.take() else { return Ok(None) };
-        let range = trace::range("device wait");
-        let scalars = scalars()?;
-        drop(range);
-        let norm = scalars[NORM_SLOT].sqrt() / self.settings.train.accumulate as f64;
-        if norm.is_finite() {
-            self.state.updates += 1;
-            self.state.bad_in_a_row = 0;
-        } else {
-            let tensor = self.first_bad_tensor(&scalars[BAD_SLOT..]);
-            self.bad_step(step, loss, &tensor, &cells)?;
-        }
-        Ok(Some(norm))
-    }
-
-    /// Counts and names a step whose gradient is not finite; stops after too many in a row.
-    fn bad_step(&mut self, step: u64, loss: Option<&Loss>, tensor: &str, cells: &[u32]) -> Result<()> {
-        self.state.bad_in_a_row += 1;
-        self.state.bad_steps += 1;
-        let term = loss.iter().flat_map(|l| &l.terms).find(|(_, value)| !value.is_finite());
-        let place = match term {
-            Some((term, _)) => format!("loss term {term}; gradient of {tensor}"),
-            None => format!("gradient of {tensor}"),
-        };
-        let in_a_row = self.state.bad_in_a_row;
-        self.session.observer.note(&format!(
-            "step {step} skipped: NaN or infinity in the {place} ({in_a_row} in a row, {} in all)",
-            self.state.bad_steps
-        ));
-        if in_a_row < self.settings.train.max_bad_steps {
-            return Ok(());
-        }
-        let cells: Vec<&str> =
-            cells.iter().filter_map(|cell| self.trunk.corpus.cell_id(*cell as usize).ok()).collect();
-        let dump = self.session.folder.path().join(format!("bad-step-{step}.json"));
-        let report = json!({"step": step, "first_bad": place, "cell_ids": cells});
-        super::folder::write_atomically(&dump, format!("{report:#}\n").as_bytes())?;
-        Err(Error::numerical(format!("{in_a_row} steps in a row with a NaN or an infinity"))
-            .at(format!("step {step}, {place}"))
-            .found(format!("cell ids of the last of them in {}", dump.display()))
-            .wanted(format!("fewer than train.max_bad_steps = {}", self.settings.train.max_bad_steps))
-            .next("lower optimizer.learning_rate, and go on from the last checkpoint with --resume"))
-    }
-
-    /// The tensor that holds the first bad element, given the place in each group's flat gradient.
-    fn first_bad_tensor(&mut self, places: &[f64]) -> String {
-        let layout = self.trunk.params.layout();
-        let place = places[0] as usize;
-        if let Some((parameter, _)) = layout.list().into_iter().find(|(_, range)| range.contains(&place)) {
-            return parameter.name.clone();
-        }
-        match self.task.own() {
-            Some(own) if (places[1] as usize) < own.len => own.name.into(),
-            _ => "every tensor taken together (the sum of squares overflows)".into(),
-        }
     }
 
     fn evaluate(&mut self, step: u64) -> Result<Evaluation> {

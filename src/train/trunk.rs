@@ -75,6 +75,8 @@ pub struct Trunk<B: Backend<A>, A: Act> {
     pub acts: Activations<B, A>,
     /// The part on the device.
     pub part: DeviceBatch<B>,
+    /// Takes turns with it: filled while the device works on the part before.
+    next: DeviceBatch<B>,
     /// (C, D) vectors of a part's cells, where they are embedded between steps.
     rows: B::Buf<f32>,
     /// Loss and norm sums.
@@ -106,6 +108,7 @@ impl<B: Backend<A>, A: Act> Trunk<B, A> {
             spans: spans(layout, learns),
             acts: Activations::training(&mut ledger, config, capacity, settings.train.recompute)?,
             part: DeviceBatch::planned(&mut ledger, config, capacity)?,
+            next: DeviceBatch::planned(&mut ledger, config, capacity)?,
             rows: ledger.zeros("cell vectors of evaluation", "(C, D)", capacity.cells * config.width)?,
             scalars: ledger.zeros("scalars", "()", SLOTS)?,
             encoder: Encoder::new(dev.clone(), config.clone()),
@@ -152,7 +155,7 @@ impl<B: Backend<A>, A: Act> Trunk<B, A> {
         self.genes = genes;
     }
 
-    /// Copies the cells of one part in.
+    /// Copies the cells of one part in, beside the work that is queued on the part before.
     pub fn load(&mut self, logical: &Logical<'_>, cells: &Range<usize>, first_row: u64) -> Result<()> {
         let _range = crate::trace::range("upload");
         let tokens = logical.tokens(cells);
@@ -163,7 +166,9 @@ impl<B: Backend<A>, A: Act> Trunk<B, A> {
         let value: Option<&[f16]> = logical.batch.value.get(tokens.clone()).filter(|v| !v.is_empty());
         let config = &self.encoder.config;
         let gene = &logical.gene[tokens.clone()];
-        self.part.upload_cells(&self.dev, config, gene, &start, value)?;
+        self.part.retire(&self.dev)?;
+        std::mem::swap(&mut self.part, &mut self.next);
+        self.part.fill(&self.dev, config, gene, &start, value)?;
         self.part.first_row = first_row + tokens.start as u64;
         self.part.first_cell = cells.start;
         Ok(())
