@@ -177,8 +177,10 @@ unsigned char* static_arena(Stacks* s) { return (unsigned char*)s->memory + DYNA
 void prepare(Fiber& f, void (*entry)(), bool dirty) {
   (void)dirty;
 #ifdef CUHOST_ASAN
-  // An abandoned fiber never unwound, and its frames' red zones are still marked.
-  if (dirty) __asan_unpoison_memory_region(f.stack, STACK);
+  // An abandoned fiber never unwound, and its frames' red zones are still marked; so are the outermost ones of a fiber that has
+  // left, since it never returned from there.
+  size_t marked = dirty ? STACK : 4096;
+  __asan_unpoison_memory_region(f.stack + STACK - marked, marked);
   f.fake_stack = nullptr;
 #endif
   void** top = (void**)(f.stack + STACK);
