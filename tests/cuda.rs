@@ -10,7 +10,7 @@ mod emulated {
     use cellrefine::error::Result;
     use cellrefine::model::config::{PRESETS, Vocabulary};
     use cellrefine::model::{Capacity, DeviceBatch};
-    use cellrefine::ops::{layernorm, linear, prototype_loss, reduce, rows, structure};
+    use cellrefine::ops::{layernorm, linear, reduce};
 
     const ROWS: usize = 37;
     const WIDTH: usize = 24;
@@ -233,63 +233,6 @@ mod emulated {
             .capture(|| std::thread::scope(|s| s.spawn(|| dev.write(&mut step.x, &[7.0])).join().unwrap()));
         graph.unwrap().replay().unwrap();
         assert_eq!(dev.download(&step.x).unwrap()[0], 7.0);
-    }
-
-    /// Each op names what is too large for its kernels; nothing is launched.
-    #[test]
-    fn widths_beyond_the_kernels_are_refused() {
-        let dev = Cuda::emulated().unwrap();
-        let width = 12_296;
-        let zeros = |n| dev.zeros::<f32>(n).unwrap();
-        let (x, mut a, mut b, [mut c, mut d]) =
-            (zeros(width), zeros(width), zeros(width), [zeros(1), zeros(1)]);
-        let dims = layernorm::Dims { rows: 1, width, eps: 1e-5 };
-        let read = layernorm::In { residual: None, weight: &x, bias: &x, dropout: Dropout::NONE };
-        let out = layernorm::Out { x_then_sum: &mut a, y: &mut b, mean: &mut c, rstd: &mut d };
-        let e = layernorm::forward(&dev, dims, read, out).unwrap_err();
-        assert!(e.to_string().contains("too wide for the LayerNorm kernels"), "{e}");
-        let dims = structure::Dims { prototypes: 1, width, c0: 0.0, c1: 1.0, scale: 1.0 };
-        let e = structure::forward_backward(&dev, dims, &x, &x, &mut c, &mut a).unwrap_err();
-        assert!(e.to_string().contains("too wide for the structure kernel"), "{e}");
-        let dims =
-            prototype_loss::Dims { rows: 1, columns: 1, width, gradient_scale: 1.0, bias_in_target: true };
-        let e = prototype_loss::lse(&dev, dims, &x, &x, 1.0, &mut c).unwrap_err();
-        assert!(e.to_string().contains("too wide for the softmax loss kernels"), "{e}");
-    }
-
-    /// A kernel that leaves its buffers ends as an error that says where and by how much, and the device goes on.
-    #[test]
-    fn a_kernel_that_fails_is_reported() {
-        let dev = Cuda::emulated().unwrap();
-        let dims = rows::Dims { rows: 4, gathered: 1, width: 16 };
-        let (x, mut y) = (dev.zeros::<f32>(4 * 16).unwrap(), dev.zeros::<f32>(16).unwrap());
-        let mut gather = |index: u32| {
-            let index = dev.upload(&[index]).unwrap();
-            rows::gather(&dev, dims, &x, &index, &mut y)
-        };
-        let e = gather(4).unwrap_err().to_string();
-        assert!(
-            e.contains("kernels/rows.cu: rows_gather (f32)") && e.contains("past the end of one of 256"),
-            "{e}"
-        );
-        let e = gather(1 << 29).unwrap_err().to_string();
-        assert!(e.contains("rows_gather") && e.contains("addresses inside a buffer"), "{e}");
-        gather(3).unwrap();
-        assert_eq!(dev.zeros::<f64>(usize::MAX / 4).err().unwrap().kind().exit_code(), 4);
-    }
-
-    #[test]
-    fn the_emulators_settings_are_checked() {
-        let run = |name: &str, value: &str| {
-            let mut command = assert_cmd::Command::new(env!("CARGO_BIN_EXE_cellrefine"));
-            command.args(["bench", "step", "--device", "emulated", "--preset", "tiny"]).env(name, value);
-            let out = command.output().unwrap();
-            (out.status.code(), String::from_utf8_lossy(&out.stderr).into_owned())
-        };
-        let (code, text) = run("CELLREFINE_EMULATOR_SCHEDULE", "sooner");
-        assert!(code == Some(2) && text.contains("late, reversed or eager"), "{code:?} {text}");
-        let (code, text) = run("CELLREFINE_EMULATOR_LIBRARY", "/no/such/kernels.so");
-        assert!(code == Some(3) && text.contains("/no/such/kernels.so"), "{code:?} {text}");
     }
 }
 
