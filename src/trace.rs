@@ -180,15 +180,19 @@ pub fn to_nvtx() {
 
 /// Two functions of NVTX, loaded by name: without the library there are no ranges, and nothing else is missing.
 mod nvtx {
-    use std::ffi::{CStr, CString, c_char, c_int};
+    use std::ffi::{CStr, CString, c_char, c_int, c_void};
+    use std::mem::transmute;
     use std::sync::OnceLock;
 
     /// NVTX 2 of the toolkits before CUDA 13, and the shared form of NVTX 3.
     const LIBRARIES: [&CStr; 3] = [c"libnvToolsExt.so.1", c"libnvtx3interop.so.1", c"libnvtx3interop.so"];
 
+    type Push = unsafe extern "C" fn(*const c_char) -> c_int;
+    type Pop = unsafe extern "C" fn() -> c_int;
+
     struct Functions {
-        push: unsafe extern "C" fn(*const c_char) -> c_int,
-        pop: unsafe extern "C" fn() -> c_int,
+        push: Push,
+        pop: Pop,
     }
 
     static FUNCTIONS: OnceLock<Option<Functions>> = OnceLock::new();
@@ -211,7 +215,9 @@ mod nvtx {
             return None;
         }
         // SAFETY: the types that NVTX documents for these names.
-        Some(unsafe { Functions { push: std::mem::transmute(push), pop: std::mem::transmute(pop) } })
+        let (push, pop) =
+            unsafe { (transmute::<*mut c_void, Push>(push), transmute::<*mut c_void, Pop>(pop)) };
+        Some(Functions { push, pop })
     }
 
     #[cfg(not(unix))]
