@@ -48,6 +48,19 @@ fn check<B: Device>(x: &B::Buf<f32>, len: usize, scalars: &B::Buf<f64>, slot: us
     Ok(())
 }
 
+fn checked<B: Reduce>(
+    dev: &B,
+    x: &B::Buf<f32>,
+    len: usize,
+    sum: Sum,
+    scalars: &mut B::Buf<f64>,
+    slot: usize,
+) -> Result<()> {
+    check::<B>(x, len, scalars, slot)?;
+    let _range = crate::trace::range("reduce");
+    dev.reduce(x, len, sum, scalars, slot)
+}
+
 /// Checked sum.
 pub fn sum<B: Reduce>(
     dev: &B,
@@ -56,9 +69,7 @@ pub fn sum<B: Reduce>(
     scalars: &mut B::Buf<f64>,
     slot: usize,
 ) -> Result<()> {
-    check::<B>(x, len, scalars, slot)?;
-    let _range = crate::trace::range("reduce");
-    dev.reduce(x, len, Sum::default(), scalars, slot)
+    checked(dev, x, len, Sum::default(), scalars, slot)
 }
 
 /// Checked sum onto what the slot holds.
@@ -69,9 +80,7 @@ pub fn add_sum<B: Reduce>(
     scalars: &mut B::Buf<f64>,
     slot: usize,
 ) -> Result<()> {
-    check::<B>(x, len, scalars, slot)?;
-    let _range = crate::trace::range("reduce");
-    dev.reduce(x, len, Sum { squared: false, add: true }, scalars, slot)
+    checked(dev, x, len, Sum { squared: false, add: true }, scalars, slot)
 }
 
 /// Checked sum of squares.
@@ -82,9 +91,7 @@ pub fn sum_squares<B: Reduce>(
     scalars: &mut B::Buf<f64>,
     slot: usize,
 ) -> Result<()> {
-    check::<B>(x, len, scalars, slot)?;
-    let _range = crate::trace::range("reduce");
-    dev.reduce(x, len, Sum { squared: true, add: false }, scalars, slot)
+    checked(dev, x, len, Sum { squared: true, add: false }, scalars, slot)
 }
 
 /// Checked sum of squares onto what the slot holds.
@@ -95,9 +102,7 @@ pub fn add_sum_squares<B: Reduce>(
     scalars: &mut B::Buf<f64>,
     slot: usize,
 ) -> Result<()> {
-    check::<B>(x, len, scalars, slot)?;
-    let _range = crate::trace::range("reduce");
-    dev.reduce(x, len, Sum { squared: true, add: true }, scalars, slot)
+    checked(dev, x, len, Sum { squared: true, add: true }, scalars, slot)
 }
 
 /// Checked search for the first element that is not finite: only where `scalars[when]` is not finite, and else `slot` stays
