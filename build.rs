@@ -88,7 +88,8 @@ fn build() -> Result<(), String> {
         archive(toy).cargo_metadata(false).compile(generate::TEST_ARCHIVE);
         archive(product).compile("cellrefine_emulator");
     }
-    write(&out.join("kernels.rs"), &generate::rust(&files, &arguments, nvcc.is_some(), emulator))
+    let compiled = |file: &File| nvcc.as_ref().is_some_and(|nvcc| nvcc.compiles(file));
+    write(&out.join("kernels.rs"), &generate::rust(&files, &arguments, &compiled, emulator))
 }
 
 /// All kernel files in order of folder and name, and the argument structs of files and headers. What is in a folder after the
@@ -122,6 +123,7 @@ fn read(folders: &[PathBuf]) -> Result<(Vec<File>, Vec<signature::Argument>), St
         let stem = path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
         files.push(File {
             both_acts: found.kernels.iter().any(signature::Kernel::uses_act),
+            hopper: stem.ends_with("_sm90"),
             stem,
             kernels: found.kernels,
             source: path,
@@ -133,6 +135,7 @@ fn read(folders: &[PathBuf]) -> Result<(Vec<File>, Vec<signature::Argument>), St
             for p in &k.parameters {
                 if let signature::Kind::Struct(name) = &p.kind
                     && !arguments.iter().any(|a| a.name == *name)
+                    && name != generate::TENSOR_MAP
                 {
                     return Err(format!(
                         "kernels/{}.cu:{}: type `{name}` of `{}` has no counterpart in Rust: neither a number nor a \
@@ -202,7 +205,7 @@ fn emulator_jobs(
         Ok(())
     };
     let load = |path: &Path| fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()));
-    for name in ["cuda_host.cpp", "fiber.cpp"] {
+    for name in ["cuda_host.cpp", "fiber.cpp", "hopper.cpp"] {
         let path = kernels.join("emulator").join(name);
         let text = load(&path)?;
         add(path, text, None)?;

@@ -11,6 +11,8 @@ pub struct File {
     pub kernels: Vec<Kernel>,
     /// Compiled for both activation types; otherwise for f32 alone.
     pub both_acts: bool,
+    /// `*_sm90.cu`: for compute capability 9.0 alone (`sm_90a`), and for bf16 alone.
+    pub hopper: bool,
     pub source: PathBuf,
     /// Everything that is written for it exists in this crate's own test build alone.
     pub test_only: bool,
@@ -19,12 +21,19 @@ pub struct File {
 /// Static library of the emulated kernels that are for tests alone.
 pub const TEST_ARCHIVE: &str = "cellrefine_test_kernels";
 
+/// Argument that the driver writes; `src/cuda/tensor_map.rs`.
+pub const TENSOR_MAP: &str = "TensorMap";
+
 /// Activation types in the order of every two-element table.
 pub const ACTS: [&str; 2] = ["f32", "bf16"];
 
 impl File {
     pub fn acts(&self) -> &'static [&'static str] {
-        if self.both_acts { &ACTS } else { &ACTS[..1] }
+        match (self.hopper, self.both_acts) {
+            (true, _) => &ACTS[1..],
+            (false, true) => &ACTS,
+            (false, false) => &ACTS[..1],
+        }
     }
     fn condition(&self) -> &'static str {
         if self.test_only { "#[cfg(test)]\n" } else { "" }
@@ -60,8 +69,13 @@ fn rust_type(p: &Parameter) -> String {
 }
 
 /// The contents of `kernels.rs`: the kernel table, the argument structs, and one launch function per kernel.
-/// `fatbins`: were GPU images compiled?
-pub fn rust(files: &[File], arguments: &[Argument], fatbins: bool, emulator: bool) -> String {
+/// `compiled`: is there a GPU image of a file?
+pub fn rust(
+    files: &[File],
+    arguments: &[Argument],
+    compiled: &dyn Fn(&File) -> bool,
+    emulator: bool,
+) -> String {
     let mut out = String::from("// Written by build.rs from the kernels' signatures.\n\n");
     let all = || files.iter().enumerate().flat_map(|(i, f)| f.kernels.iter().map(move |k| (i, f, k)));
     let _ = writeln!(out, "/// Every kernel, in the order of `KERNELS`.");
@@ -98,11 +112,12 @@ pub fn rust(files: &[File], arguments: &[Argument], fatbins: bool, emulator: boo
         };
         let _ = writeln!(
             out,
-            "    {}KernelEntry {{ name: \"{}\", file: \"{}\", line: {}, image: {i}, emulated: [{}, {}] }},",
+            "    {}KernelEntry {{ name: \"{}\", file: \"{}\", line: {}, image: {i}, hopper: {}, emulated: [{}, {}] }},",
             f.condition(),
             k.name,
             f.stem,
             k.line,
+            f.hopper,
             entry("f32"),
             entry("bf16")
         );
@@ -113,7 +128,7 @@ pub fn rust(files: &[File], arguments: &[Argument], fatbins: bool, emulator: boo
     let _ = writeln!(out, "pub(crate) static IMAGES: &[[Option<&[u8]>; 2]] = &[");
     for f in files {
         let image = |act: &str| {
-            if fatbins && f.acts().contains(&act) {
+            if compiled(f) && f.acts().contains(&act) {
                 format!("Some(include_bytes!(\"{}_{act}.fatbin\"))", f.stem)
             } else {
                 "None".into()
@@ -149,7 +164,11 @@ fn launch_function(out: &mut String, file: &File, k: &Kernel) {
     let _ = writeln!(out, "///\n/// # Errors\n/// A refused or failed launch.");
     let _ = writeln!(out, "#[allow(clippy::too_many_arguments)] // a kernel's argument list");
     let generic = if k.uses_act() { "<A: Act>" } else { "" };
-    let act = if k.uses_act() { "act_index::<A>()" } else { "0" };
+    let act = match (k.uses_act(), file.hopper) {
+        (true, _) => "act_index::<A>()",
+        (false, true) => "1",
+        (false, false) => "0",
+    };
     let _ = writeln!(
         out,
         "{}pub(crate) fn {}{generic}(\n    cuda: &Cuda,\n    grid: Grid,",

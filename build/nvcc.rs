@@ -16,7 +16,11 @@ const DEFAULT_ARCHS: &str = "sm_80 sm_90a compute_80";
 pub struct Nvcc {
     program: PathBuf,
     version: String,
+    archs: String,
 }
+
+/// What a Hopper file is compiled for; its instructions exist nowhere else.
+const HOPPER: &str = "sm_90a";
 
 /// The first of `$NVCC`, `$CUDA_HOME`, `$CUDA_PATH`, `.cuda/` (scripts/cuda-toolkit.sh), PATH and /usr/local/cuda that answers.
 pub fn find(root: &Path) -> Option<Nvcc> {
@@ -27,9 +31,11 @@ pub fn find(root: &Path) -> Option<Nvcc> {
     candidates.push(root.join(".cuda/nvidia/cu13/bin/nvcc"));
     candidates.push("nvcc".into());
     candidates.push("/usr/local/cuda/bin/nvcc".into());
+    let archs = env::var("CELLREFINE_CUDA_ARCHS").unwrap_or_else(|_| DEFAULT_ARCHS.into());
     candidates.into_iter().find_map(|program| {
         let output = Command::new(&program).arg("--version").output().ok().filter(|o| o.status.success())?;
-        Some(Nvcc { program, version: String::from_utf8_lossy(&output.stdout).into_owned() })
+        let version = String::from_utf8_lossy(&output.stdout).into_owned();
+        Some(Nvcc { program, version, archs: archs.clone() })
     })
 }
 
@@ -37,6 +43,15 @@ impl Nvcc {
     /// The release, as `13.0`.
     pub fn release(&self) -> &str {
         self.version.split("release ").nth(1).and_then(|r| r.split(',').next()).unwrap_or("unknown")
+    }
+
+    fn archs(&self) -> impl Iterator<Item = &str> {
+        self.archs.split([' ', ',']).filter(|a| !a.is_empty())
+    }
+
+    /// Is there code for this file? A Hopper file has none where sm_90a was not asked for.
+    pub fn compiles(&self, file: &File) -> bool {
+        !file.hopper || self.archs().any(|arch| arch == HOPPER)
     }
 
     /// One compilation per file and activation type.
@@ -50,9 +65,8 @@ impl Nvcc {
         headers: u64,
         out: &Path,
     ) -> Result<(Vec<Job>, String), String> {
-        let archs = env::var("CELLREFINE_CUDA_ARCHS").unwrap_or_else(|_| DEFAULT_ARCHS.into());
-        let mut flags: Vec<String> = ["-O3", "-std=c++17", "-fatbin"].map(String::from).into();
-        for arch in archs.split([' ', ',']).filter(|a| !a.is_empty()) {
+        let mut targets: Vec<[String; 2]> = Vec::new();
+        for arch in self.archs() {
             let (virtual_arch, number) = match arch.split_once('_') {
                 Some(("sm", n)) => (format!("compute_{n}"), n),
                 Some(("compute", n)) => (arch.to_string(), n),
@@ -61,22 +75,24 @@ impl Nvcc {
             if number.is_empty() || !number.chars().next().is_some_and(|c| c.is_ascii_digit()) {
                 return Err(format!("CELLREFINE_CUDA_ARCHS: `{arch}` has no number"));
             }
-            flags.extend(["-gencode".into(), format!("arch={virtual_arch},code={arch}")]);
+            targets.push([arch.into(), format!("-gencode=arch={virtual_arch},code={arch}")]);
         }
         let mut jobs = Vec::new();
-        for file in files {
+        for file in files.iter().filter(|f| self.compiles(f)) {
             let source = file.source.clone();
             let text = std::fs::read_to_string(&source).map_err(|e| format!("{}: {e}", source.display()))?;
             for act in file.acts() {
                 let output = out.join(format!("{}_{act}.fatbin", file.stem));
                 let mut command = Command::new(&self.program);
-                command.args(&flags).arg(format!("-DACT_{}", act.to_uppercase())).arg("-I").arg(kernels);
+                command.args(["-O3", "-std=c++17", "-fatbin"]);
+                let wanted = targets.iter().filter(|[arch, _]| !file.hopper || arch == HOPPER);
+                command.args(wanted.map(|[_, flag]| flag)).arg(format!("-DACT_{}", act.to_uppercase())).arg("-I").arg(kernels);
                 command.arg(&source).arg("-o").arg(&output);
                 let key =
                     digest([format!("{command:?}"), self.version.clone(), text.clone(), headers.to_string()]);
                 jobs.push(Job { command, output, key, source: source.clone() });
             }
         }
-        Ok((jobs, archs))
+        Ok((jobs, self.archs.clone()))
     }
 }

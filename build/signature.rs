@@ -379,7 +379,7 @@ fn parameter(words: &[&Token], shape: Option<String>, line: usize) -> Result<Par
         match &token.text {
             Text::Word(w) if w == "const" => constant = true,
             Text::Word(w) if w == "OPTIONAL" => optional = true,
-            Text::Word(w) if w == "__restrict__" => {}
+            Text::Word(w) if w == "__restrict__" || w == "GRID_CONSTANT" => {}
             Text::Mark('*') if !pointer => pointer = true,
             Text::Word(w) => names.push(w),
             other => return fail(line, format!("this is no kernel parameter: {other:?}")),

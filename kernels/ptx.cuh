@@ -7,7 +7,7 @@
 //   mma_bf16                         D (16x8, f32) += A (16x16, bf16, row) · B (16x8, bf16, column)
 //   mma_tf32                         D (16x8, f32) += A (16x8, tf32, row) · B (8x8, tf32, column)
 //   exp2_approx                      2^x by the special-function unit, 2 ulp
-//   named_barrier_sync               a barrier for some of the block's warps
+//   named_barrier_sync, _arrive      a barrier for some of the block's warps
 //
 // Fragments, with g = lane / 4 and t = lane % 4 (a pair of bf16 in one register, the lower column in the lower half):
 //   mma_bf16  a[0] (g, 2t), a[1] (g+8, 2t), a[2] (g, 2t+8), a[3] (g+8, 2t+8);  b[0] (k = 2t, n = g), b[1] (k = 2t+8, n = g)
@@ -96,8 +96,11 @@ DEVICE float exp2_approx(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
 }
-// Barrier `id` (1 to 15) for `threads` threads, a multiple of 32.
+// Barrier `id` (1 to 15) for `threads` threads, a multiple of 32; `arrive` counts this thread in and goes on.
 DEVICE void named_barrier_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+DEVICE void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 
 #else  // ---- host twins
 
@@ -219,6 +222,9 @@ DEVICE float exp2_approx(float x) {
 }
 DEVICE void named_barrier_sync(int id, int threads, CUHOST_HERE) {
   cuhost::barrier((unsigned)id, (unsigned)threads, false, CUHOST_SITE("bar.sync"));
+}
+DEVICE void named_barrier_arrive(int id, int threads, CUHOST_HERE) {
+  cuhost::barrier_arrive((unsigned)id, (unsigned)threads, CUHOST_SITE("bar.arrive"));
 }
 
 #endif

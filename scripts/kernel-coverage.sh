@@ -37,7 +37,7 @@ def built():
 def main():
     programs, out = built()
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        sources = [KERNELS / "emulator/cuda_host.cpp", KERNELS / "emulator/fiber.cpp"]
+        sources = [KERNELS / f"emulator/{name}.cpp" for name in ("cuda_host", "fiber", "hopper")]
         sources += [s for s in sorted(out.glob("*.cpp")) if (KERNELS / f"{s.stem.rsplit('_', 1)[0]}.cu").exists()]
         objects = [f"{folder}/{s.stem}.o" for s in sources]
         jobs = [pool.submit(subprocess.run, COMPILE + ["-c", str(s), "-o", o], check=True) for s, o in zip(sources, objects)]

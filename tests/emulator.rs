@@ -18,7 +18,7 @@ static CASES: LazyLock<Option<tempfile::TempDir>> = LazyLock::new(|| {
     let mut command = Command::new(compiler);
     command.args(["-std=c++17", "-O1", "-fno-strict-aliasing", "-fstack-clash-protection", "-w", "-I"]);
     command.arg(root.join("kernels")).arg(root.join("tests/emulator/cases.cpp"));
-    for source in ["cuda_host.cpp", "fiber.cpp"] {
+    for source in ["cuda_host.cpp", "fiber.cpp", "hopper.cpp"] {
         command.arg(root.join("kernels/emulator").join(source));
     }
     let output = command.arg("-o").arg(folder.path().join("cases")).output().unwrap();

@@ -5,6 +5,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
+#include <mutex>
 
 namespace cuhost {
 
@@ -38,7 +39,7 @@ void fault(Site site, const char* format, ...) {
   vsnprintf(text + used, sizeof text - used, format, list);
   va_end(list);
   report(b->launch, text);
-  b->abandoned = true;
+  b->residents->abandoned = true;
   switch_to_main(f);
   __builtin_unreachable();
 }
@@ -60,20 +61,46 @@ static Fiber* next_runnable(Block& b) {
   return nullptr;
 }
 
-// Leaves the current fiber, which waits or is done, for whoever can run.
-static void give_way() {
-  Block& b = *block;
-  Fiber* self = b.current;
-  Fiber* next = next_runnable(b);
-  if (!next) {
-    switch_to_main(*self);
-    return;
-  }
-  b.current = next;
-  switch_to_fiber(self, *next);
+// Fibers whose counter has come to its value.
+static bool wake_for_counters(Residents& r) {
+  bool any = false;
+  for (Block* b : r.block)
+    for (Fiber& f : b->fiber)
+      if (f.counter && f.state == State::waiting && __atomic_load_n(f.counter, __ATOMIC_ACQUIRE) == f.counter_value) {
+        f.counter = nullptr;
+        wake(*b, f.linear / WARP, 1u << (f.linear % WARP));
+        any = true;
+      }
+  return any;
 }
 
-static void wait_here() {
+// The next fiber of this block, or else of those after it; makes its block the current one.
+static Fiber* next_anywhere() {
+  Residents& r = *block->residents;
+  unsigned n = r.block.size(), start = block->seat + (block->eager && n > 1);
+  do
+    for (unsigned i = 0; i < n; i++) {
+      Block& b = *r.block[(start + i) % n];
+      if (Fiber* next = next_runnable(b)) {
+        block = &b;
+        b.current = next;
+        return next;
+      }
+    }
+  while (wake_for_counters(r));
+  return nullptr;
+}
+
+// Leaves the current fiber, which waits or is done, for whoever can run.
+static void give_way() {
+  Fiber* self = block->current;
+  if (Fiber* next = next_anywhere())
+    switch_to_fiber(self, *next);
+  else
+    switch_to_main(*self);
+}
+
+void wait_here() {
   Fiber& f = fiber();
   Warp& w = warp();
   f.state = State::waiting;
@@ -82,7 +109,7 @@ static void wait_here() {
   f.state = State::runnable;
 }
 
-static void wake(Block& b, unsigned w, uint32_t lanes) { b.warp[w].runnable |= lanes & b.warp[w].live; }
+void wake(Block& b, unsigned w, uint32_t lanes) { b.warp[w].runnable |= lanes & b.warp[w].live; }
 
 // ---- barriers
 
@@ -103,7 +130,8 @@ static bool complete(Block& b, unsigned id) {
   return true;
 }
 
-Votes barrier(unsigned id, unsigned expected, bool vote, Site site) {
+// Counts the current thread in; true where it has to wait.
+static bool enter_barrier(unsigned id, unsigned expected, bool vote, Site site) {
   Block& b = *block;
   if (id >= BARRIERS) fault(site, "barrier %u; there are %d", id, BARRIERS);
   if (expected % WARP || expected > b.threads) fault(site, "%u threads expected in a block of %u", expected, b.threads);
@@ -121,12 +149,19 @@ Votes barrier(unsigned id, unsigned expected, bool vote, Site site) {
   }
   r.arrived++;
   r.votes += vote;
-  if (!complete(b, id)) {
+  return !complete(b, id);
+}
+
+Votes barrier(unsigned id, unsigned expected, bool vote, Site site) {
+  if (enter_barrier(id, expected, vote, site)) {
     fiber().barrier = (int)id;
     wait_here();
   }
+  const Barrier& r = block->barrier[id];
   return {r.result_votes, r.result_threads};
 }
+
+void barrier_arrive(unsigned id, unsigned expected, Site site) { enter_barrier(id, expected, false, site); }
 
 // ---- warp collectives
 
@@ -229,6 +264,7 @@ static void leave() {
   Fiber& f = *b.current;
   unsigned number = f.linear / WARP;
   Warp& w = b.warp[number];
+  if (const char* what = unfinished(f, w)) fault({what, nullptr, 0}, "the thread returns while it is in flight");
   f.state = State::done;
   b.live--;
   w.live &= ~(1u << (f.linear % WARP));
@@ -273,8 +309,12 @@ static void report_deadlock(Block& b) {
   report(b.launch, text);
 }
 
-static void run_block(Block& b, bool& dirty) {
-  size_t dynamic = b.launch->shared_bytes, rounded = (dynamic + 1023) / 1024 * 1024;
+static size_t rounded_dynamic(const Block& b) { return (b.launch->shared_bytes + 1023) / 1024 * 1024; }
+
+// Block number n of the launch, with all its threads at their start.
+static void start_block(Block& b, uint64_t n, bool dirty) {
+  b.index = {unsigned(n % b.grid.x), unsigned(n / b.grid.x % b.grid.y), unsigned(n / ((uint64_t)b.grid.x * b.grid.y))};
+  size_t dynamic = b.launch->shared_bytes, rounded = rounded_dynamic(b);
   allow(b.dynamic_shared, rounded);
   allow(b.static_shared, b.static_used);
   memset(b.dynamic_shared, POISON, rounded);
@@ -282,14 +322,18 @@ static void run_block(Block& b, bool& dirty) {
   forbid(b.dynamic_shared + dynamic, rounded - dynamic);
   b.static_used = 0;
   b.slot.clear();
+  b.mbarrier.clear();
   b.live = b.threads;
   b.current = nullptr;
-  b.abandoned = false;
   memset(b.barrier, 0, sizeof b.barrier);
   for (unsigned w = 0; w < b.warps; w++) {
     unsigned lanes = std::min<unsigned>(WARP, b.threads - w * WARP);
-    b.warp[w].live = b.warp[w].runnable = lanes == WARP ? ~0u : (1u << lanes) - 1;
-    b.warp[w].groups = 0;
+    Warp& warp = b.warp[w];
+    warp.live = warp.runnable = lanes == WARP ? ~0u : (1u << lanes) - 1;
+    warp.groups = 0;
+    warp.fenced = false;
+    warp.products.clear();
+    warp.product_groups.clear();
   }
   for (unsigned t = 0; t < b.threads; t++) {
     Fiber& f = b.fiber[t];
@@ -297,19 +341,20 @@ static void run_block(Block& b, bool& dirty) {
     f.linear = (int)t;
     f.state = State::runnable;
     f.barrier = -1;
+    f.mbarrier = nullptr;
+    f.counter = nullptr;
     f.site = Site{nullptr, nullptr, 0};
     f.open.clear();
     f.groups.clear();
+    f.outgoing.clear();
+    f.outgoing_groups.clear();
     prepare(f, entry, dirty);
   }
-  dirty = false;
-  b.current = next_runnable(b);
-  switch_to_fiber(nullptr, *b.current);
-  if (b.abandoned || b.live) {
-    dirty = true;
-    if (!b.abandoned) report_deadlock(b);
-    return;
-  }
+}
+
+// What a block that came to its end wrote where it should not.
+static void check_overruns(Block& b) {
+  size_t dynamic = b.launch->shared_bytes, rounded = rounded_dynamic(b);
   allow(b.dynamic_shared, rounded);
   allow(b.static_shared, b.static_used);
   char text[160];
@@ -328,6 +373,20 @@ static void run_block(Block& b, bool& dirty) {
   }
 }
 
+// Runs the blocks that were started, side by side, to their ends.
+static void run_residents(Residents& r, bool& dirty) {
+  r.abandoned = false;
+  block = r.block[0];
+  switch_to_fiber(nullptr, *next_anywhere());
+  auto stuck = std::find_if(r.block.begin(), r.block.end(), [](Block* b) { return b->live; });
+  dirty = r.abandoned || stuck != r.block.end();
+  if (dirty) {
+    if (!r.abandoned) report_deadlock(**stuck);
+    return;
+  }
+  for (Block* b : r.block) check_overruns(*b);
+}
+
 // Null, or what a GPU would refuse about this launch.
 static const char* refusal(const Launch& l) {
   uint64_t threads = (uint64_t)l.block[0] * l.block[1] * l.block[2];
@@ -336,6 +395,8 @@ static const char* refusal(const Launch& l) {
   if (l.kernel->max_threads && threads > (uint64_t)l.kernel->max_threads) return "the block is larger than __launch_bounds__";
   if (l.grid[0] > 0x7FFFFFFFu || l.grid[1] > 65535 || l.grid[2] > 65535) return "the grid is too large";
   if (l.shared_bytes > MAX_DYNAMIC_SHARED) return "more than 227 KB of dynamic shared memory";
+  if (l.cooperative && (uint64_t)l.grid[0] * l.grid[1] * l.grid[2] > MAX_RESIDENTS)
+    return "more blocks of a cooperative launch than fit side by side";
   return nullptr;
 }
 
@@ -347,36 +408,49 @@ int run(Launch* launch) {
   uint64_t blocks = (uint64_t)launch->grid[0] * launch->grid[1] * launch->grid[2];
   if (launch->next_block.load(std::memory_order_relaxed) >= blocks) return 0;
   watch_faults();
-  Block b;
-  b.launch = launch;
-  b.dim = dim3(launch->block[0], launch->block[1], launch->block[2]);
-  b.grid = dim3(launch->grid[0], launch->grid[1], launch->grid[2]);
-  b.threads = b.dim.x * b.dim.y * b.dim.z;
-  b.warps = (b.threads + WARP - 1) / WARP;
-  b.reversed = launch->schedule == REVERSED;
-  b.eager = launch->schedule == EAGER;
-  const char* error = nullptr;
-  Stacks* stacks = borrow_stacks(b.threads, &error);
-  if (!stacks) {
-    report(launch, error);
-    return 1;
-  }
-  b.fiber.resize(b.threads);
-  b.warp.resize(b.warps);
-  for (unsigned t = 0; t < b.threads; t++) b.fiber[t].stack = stack_of(stacks, t);
-  b.dynamic_shared = dynamic_arena_end(stacks) - (launch->shared_bytes + 1023) / 1024 * 1024;
-  b.static_shared = static_arena(stacks);
-  b.static_used = MAX_STATIC_SHARED;
-  bool dirty = true;
   Block* outer = block;
-  block = &b;
-  for (uint64_t i; !launch->failed.load(std::memory_order_relaxed) && (i = launch->next_block.fetch_add(1)) < blocks;) {
-    uint64_t n = b.reversed ? blocks - 1 - i : i;
-    b.index = {unsigned(n % b.grid.x), unsigned(n / b.grid.x % b.grid.y), unsigned(n / ((uint64_t)b.grid.x * b.grid.y))};
-    run_block(b, dirty);
+  const char* error = nullptr;
+  // Sets of stacks are few: who needs several takes them while nobody else does.
+  static std::mutex several;
+  std::unique_lock<std::mutex> alone(several, std::defer_lock);
+  if (launch->cooperative) alone.lock();
+  std::vector<Block> blocks_here(launch->cooperative ? blocks : 1);
+  std::vector<Stacks*> stacks;
+  Residents residents = {};
+  for (Block& b : blocks_here) {
+    b.launch = launch;
+    b.dim = dim3(launch->block[0], launch->block[1], launch->block[2]);
+    b.grid = dim3(launch->grid[0], launch->grid[1], launch->grid[2]);
+    b.threads = b.dim.x * b.dim.y * b.dim.z;
+    b.warps = (b.threads + WARP - 1) / WARP;
+    b.reversed = launch->schedule == REVERSED;
+    b.eager = launch->schedule == EAGER;
+    Stacks* own = borrow_stacks(b.threads, &error);
+    if (!own) break;
+    stacks.push_back(own);
+    b.fiber.resize(b.threads);
+    b.warp.resize(b.warps);
+    for (unsigned t = 0; t < b.threads; t++) b.fiber[t].stack = stack_of(own, t);
+    b.dynamic_shared = dynamic_arena_end(own) - rounded_dynamic(b);
+    b.static_shared = static_arena(own);
+    b.static_used = MAX_STATIC_SHARED;
+    b.residents = &residents;
+    b.seat = residents.block.size();
+    residents.block.push_back(&b);
+  }
+  if (launch->cooperative) alone.unlock();
+  if (error) report(launch, error);
+  bool dirty = true;
+  uint64_t taken = residents.block.size();
+  for (uint64_t i; !launch->failed.load(std::memory_order_relaxed) && (i = launch->next_block.fetch_add(taken)) < blocks;) {
+    for (Block* b : residents.block) {
+      start_block(*b, b->reversed ? blocks - 1 - i : i, dirty);
+      i++;
+    }
+    run_residents(residents, dirty);
   }
   block = outer;
-  return_stacks(stacks);
+  for (Stacks* s : stacks) return_stacks(s);
   return launch->failed.load() != 0;
 }
 

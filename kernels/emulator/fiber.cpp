@@ -215,10 +215,10 @@ static void learn_main_stack() {
 
 void switch_to_fiber(Fiber* from, Fiber& to) {
   Block* b = block;
-  void** save = from ? &from->stack_pointer : &b->main_stack_pointer;
+  void** save = from ? &from->stack_pointer : &b->residents->main_stack_pointer;
 #ifdef CUHOST_ASAN
   if (!from) learn_main_stack();
-  void** fake = from ? &from->fake_stack : &b->main_fake_stack;
+  void** fake = from ? &from->fake_stack : &b->residents->main_fake_stack;
   __sanitizer_start_switch_fiber(from && from->state == State::done ? nullptr : fake, to.stack, STACK);
 #endif
   cuhost_switch(save, to.stack_pointer);
@@ -232,7 +232,7 @@ void switch_to_main(Fiber& from) {
 #ifdef CUHOST_ASAN
   __sanitizer_start_switch_fiber(from.state == State::done ? nullptr : &from.fake_stack, main_bottom, main_size);
 #endif
-  cuhost_switch(&from.stack_pointer, b->main_stack_pointer);
+  cuhost_switch(&from.stack_pointer, b->residents->main_stack_pointer);
 #ifdef CUHOST_ASAN
   __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
 #endif

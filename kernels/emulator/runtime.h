@@ -38,6 +38,8 @@ namespace cuhost {
 constexpr unsigned MAX_THREADS = 1024;
 constexpr size_t MAX_DYNAMIC_SHARED = 227 << 10, MAX_STATIC_SHARED = 48 << 10;
 constexpr int WARP = 32, BARRIERS = 16;
+// Blocks of a cooperative launch: the multiprocessors of the emulated GPU.
+constexpr uint64_t MAX_RESIDENTS = 4;
 
 // The order in which runnable fibers go, and when a cp.async lands: each hides faults that another shows.
 enum Schedule : int32_t {
@@ -65,6 +67,7 @@ struct Launch {
   std::atomic<uint32_t> failed;
   std::atomic<uint64_t> next_block;
   uint64_t fault_address;  // 0, or where an access outside every buffer went
+  uint64_t cooperative;    // 1: all blocks live side by side, on one OS thread, and may wait for one another
   char error[1536];
 };
 
@@ -81,6 +84,51 @@ struct Copy {
   uint16_t bytes, bytes_read;  // bytes_read < bytes: the rest is zero
 };
 
+// A matrix for tma_load: what CUtensorMap says, in plain numbers. `src/cuda/tensor_map.rs` writes it.
+struct TensorMap {
+  uint64_t address;
+  uint64_t rows, columns;  // elements of two bytes; outside is zero
+  uint64_t row_bytes;
+  uint64_t box_rows, box_columns;
+  uint64_t mark;  // MARK
+  uint64_t unused[9];
+  static constexpr uint64_t MARK = 0x54454E534F524D50ull;
+};
+
+// A box on its way to shared memory.
+struct Box {
+  unsigned char* to;
+  TensorMap map;
+  int row, column;
+  uint64_t bytes() const { return map.box_rows * map.box_columns * 2; }
+};
+
+struct MbarrierState {
+  const void* at;
+  unsigned expected, pending;
+  int64_t bytes;  // expected and not landed
+  unsigned phase;
+  Site site;
+  std::vector<Box> boxes;  // issued and not landed
+};
+
+// Shared memory on its way to global memory.
+struct Outgoing {
+  float* to;
+  const float* from;
+  unsigned bytes;
+  bool add;
+};
+
+// A wgmma of one warp: 16 of its warpgroup's 64 rows.
+struct Product {
+  float* d[32];
+  uint32_t fragment[32][4];
+  uint64_t a, b;
+  int tiles;
+  bool from_registers, transposed_a, transposed_b, add;
+};
+
 enum class State : uint8_t { runnable, waiting, done };
 
 struct Fiber {
@@ -94,6 +142,11 @@ struct Fiber {
   Site site;
   std::vector<Copy> open;                 // cp.async issued since the last commit
   std::vector<std::vector<Copy>> groups;  // committed, oldest first
+  std::vector<Outgoing> outgoing;
+  std::vector<std::vector<Outgoing>> outgoing_groups;
+  const void* mbarrier;       // it waits at, or null
+  const unsigned* counter;    // it waits for, or null
+  unsigned counter_value;
 };
 
 // A collective that some of the lanes of `mask` have reached.
@@ -108,6 +161,9 @@ struct Warp {
   int groups;
   Group group[WARP];
   void* lane_data[WARP];
+  bool fenced;                    // a wgmma.fence since the last wait
+  std::vector<Product> products;  // issued since the last commit
+  std::vector<std::vector<Product>> product_groups;
 };
 
 struct Barrier {
@@ -121,6 +177,16 @@ struct SharedSlot {
   size_t offset, bytes;
 };
 
+struct Block;
+
+// The blocks that one OS thread runs side by side: one, or all of a cooperative launch.
+struct Residents {
+  std::vector<Block*> block;
+  void* main_stack_pointer;
+  void* main_fake_stack;
+  bool abandoned;
+};
+
 // A block being run, with the stacks and the shared memory that its OS thread borrowed.
 struct Block {
   Launch* launch;
@@ -128,8 +194,8 @@ struct Block {
   dim3 dim, grid;
   unsigned threads, warps, live;
   Fiber* current;
-  void* main_stack_pointer;
-  void* main_fake_stack;
+  Residents* residents;
+  unsigned seat;  // its index there
   std::vector<Fiber> fiber;
   std::vector<Warp> warp;
   Barrier barrier[BARRIERS];
@@ -137,7 +203,7 @@ struct Block {
   unsigned char* static_shared;
   size_t static_used;
   std::vector<SharedSlot> slot;
-  bool abandoned;
+  std::vector<MbarrierState> mbarrier;
   bool reversed, eager;
 };
 
@@ -156,6 +222,7 @@ struct Votes {
   unsigned yes, threads;
 };
 Votes barrier(unsigned id, unsigned expected, bool vote, Site site);
+void barrier_arrive(unsigned id, unsigned expected, Site site);
 
 // A warp collective: each lane of `mask` hands in a pointer to its own operands; the last to arrive runs `combine` over
 // all of them (every fiber's stack is addressable), then all go on.
@@ -168,6 +235,29 @@ void* static_shared(const void* declaration, size_t bytes, Site site);
 void copy_async(void* to, const void* from, unsigned bytes, unsigned bytes_read, Site site);
 void copy_commit();
 void copy_wait(unsigned groups_left);
+
+// ---- hopper.cpp: twins of ptx_sm90.cuh
+uint32_t shared_address(const void* p);
+void mbarrier_init(void* at, unsigned arrivals, Site site);
+void mbarrier_arrive(void* at, unsigned bytes, Site site);
+void mbarrier_wait(void* at, unsigned parity, Site site);
+void tma_load(void* to, const TensorMap& map, int row, int column, void* mbarrier, Site site);
+void bulk_store(float* to, const float* from, unsigned bytes, bool add, Site site);
+void bulk_commit();
+void bulk_wait(unsigned groups_left);
+void wait_until(const unsigned* counter, unsigned value, Site site);
+void set_registers(int registers, Site site);
+void wgmma(float* d, int tiles, const uint32_t* fragment, uint64_t a, bool transposed_a, uint64_t b, bool transposed_b, bool add,
+           Site site);
+void wgmma_fence(Site site);
+void wgmma_commit(Site site);
+void wgmma_wait(unsigned groups_left, Site site);
+// What a thread that leaves has forgotten to wait for, or null.
+const char* unfinished(const Fiber& f, const Warp& w);
+
+// ---- the scheduler
+void wait_here();  // until someone makes this fiber runnable
+void wake(Block& b, unsigned warp, uint32_t lanes);
 
 // Runs blocks of the launch until none is left or one has failed: 0 or 1. Any number of OS threads may call it at once.
 int run(Launch* launch);

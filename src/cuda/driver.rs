@@ -2,6 +2,7 @@
 //! uploads on the queue of copies, which run beside the rest, as far as events allow.
 
 use super::functions::Kernel;
+use super::tensor_map::{Boxes, TensorMap};
 use crate::device::Queue;
 use crate::error::Result;
 use std::ffi::c_void;
@@ -17,20 +18,31 @@ pub struct Grid {
     pub threads: [u32; 3],
     /// Dynamic shared memory of a block.
     pub shared_bytes: u32,
+    /// All blocks are resident at once, and may wait for one another: at most [`Driver::multiprocessors`] of them.
+    pub cooperative: bool,
 }
 
 impl Grid {
     /// `blocks` blocks of `threads` threads, in one dimension.
     pub fn line(blocks: usize, threads: u32) -> Self {
-        Grid { blocks: [blocks as u32, 1, 1], threads: [threads, 1, 1], shared_bytes: 0 }
+        Self::plane(blocks, 1, threads)
     }
     /// `x` by `y` blocks of `threads` threads.
     pub fn plane(x: usize, y: usize, threads: u32) -> Self {
-        Grid { blocks: [x as u32, y as u32, 1], threads: [threads, 1, 1], shared_bytes: 0 }
+        Grid {
+            blocks: [x as u32, y as u32, 1],
+            threads: [threads, 1, 1],
+            shared_bytes: 0,
+            cooperative: false,
+        }
     }
     /// With so much dynamic shared memory.
     pub fn shared(self, bytes: usize) -> Self {
         Grid { shared_bytes: bytes as u32, ..self }
+    }
+    /// As a cooperative launch.
+    pub fn cooperative(self) -> Self {
+        Grid { cooperative: true, ..self }
     }
     /// No block at all: nothing to launch.
     pub(super) fn is_empty(&self) -> bool {
@@ -144,6 +156,24 @@ impl Driver {
     /// What `doctor` and the run record call it.
     pub fn name(&self) -> String {
         each!(self, d => d.name())
+    }
+
+    /// Does it run the kernels for compute capability 9.0?
+    pub fn is_hopper(&self) -> bool {
+        each!(self, d => d.is_hopper())
+    }
+
+    /// Blocks that run at once when each takes a multiprocessor of its own.
+    pub fn multiprocessors(&self) -> usize {
+        each!(self, d => d.multiprocessors())
+    }
+
+    /// What `tma_load` needs to know of a matrix.
+    ///
+    /// # Errors
+    /// A matrix that the copy engine cannot take (4).
+    pub(super) fn tensor_map(&self, boxes: Boxes) -> Result<TensorMap> {
+        each!(self, d => d.tensor_map(boxes))
     }
 
     /// `bytes` of memory with undefined content; at least 1.

@@ -13,6 +13,7 @@ use super::copy_queue::CopyQueue;
 use super::driver::{Grid, LaterRead, Point};
 use super::functions::{EmulatedKernel, Kernel};
 use super::host_memory::HostMemory;
+use super::tensor_map::{BOX_COLUMNS, Boxes, TensorMap};
 use crate::device::Queue;
 use crate::error::{Error, Result};
 use library::Library;
@@ -59,6 +60,34 @@ impl Schedule {
     }
 }
 
+/// The GPU that is emulated: it decides which kernels an op takes where Hopper has its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Arch {
+    /// A100 and everything after: `mma.sync`, `cp.async`.
+    Sm80,
+    /// H100 and H200: `wgmma`, the copy engine.
+    Sm90,
+}
+
+impl Arch {
+    /// CELLREFINE_EMULATOR_ARCH, or `sm_90`.
+    pub(super) fn from_environment() -> Result<Self> {
+        match std::env::var("CELLREFINE_EMULATOR_ARCH").as_deref() {
+            Ok("sm_80") => Ok(Arch::Sm80),
+            Ok("sm_90") | Err(_) => Ok(Arch::Sm90),
+            Ok(other) => Err(Error::usage("no such architecture")
+                .at("CELLREFINE_EMULATOR_ARCH")
+                .found(other)
+                .wanted("sm_80 or sm_90")),
+        }
+    }
+}
+
+/// MAX_RESIDENTS of `kernels/emulator/runtime.h`.
+const MULTIPROCESSORS: usize = 4;
+/// `cuhost::TensorMap::MARK`.
+const TENSOR_MAP_MARK: u64 = 0x5445_4E53_4F52_4D50;
+
 /// `cuhost::Launch` of `kernels/emulator/runtime.h`, field by field.
 #[repr(C)]
 struct Launch {
@@ -71,6 +100,7 @@ struct Launch {
     failed: AtomicU32,
     next_block: AtomicU64,
     fault_address: u64,
+    cooperative: u64,
     error: [c_char; 1536],
 }
 
@@ -80,8 +110,9 @@ const _: () = assert!(
         && std::mem::offset_of!(Launch, shared_bytes) == 40
         && std::mem::offset_of!(Launch, failed) == 52
         && std::mem::offset_of!(Launch, fault_address) == 64
-        && std::mem::offset_of!(Launch, error) == 72
-        && size_of::<Launch>() == 1608
+        && std::mem::offset_of!(Launch, cooperative) == 72
+        && std::mem::offset_of!(Launch, error) == 80
+        && size_of::<Launch>() == 1616
         && size_of::<EmulatedKernel>() == 24
 );
 
@@ -93,6 +124,7 @@ unsafe impl Sync for SharedLaunch {}
 /// The emulated device.
 pub struct Emulated {
     schedule: Schedule,
+    arch: Arch,
     library: Option<Library>,
     memory: HostMemory,
     copies: CopyQueue,
@@ -126,10 +158,11 @@ enum Work {
 pub(super) struct Graph(Vec<Work>);
 
 impl Emulated {
-    pub(super) fn open(schedule: Schedule) -> Result<Self> {
+    pub(super) fn open(schedule: Schedule, arch: Arch) -> Result<Self> {
         let library = std::env::var("CELLREFINE_EMULATOR_LIBRARY").ok().map(|path| Library::open(&path));
         Ok(Emulated {
             schedule,
+            arch,
             library: library.transpose()?,
             memory: HostMemory::open()?,
             copies: CopyQueue::new(schedule),
@@ -139,6 +172,23 @@ impl Emulated {
 
     pub(super) fn name(&self) -> String {
         format!("emulated ({} copies, {} threads)", self.schedule.name(), rayon::current_num_threads())
+    }
+
+    pub(super) fn is_hopper(&self) -> bool {
+        self.arch == Arch::Sm90
+    }
+
+    pub(super) fn multiprocessors(&self) -> usize {
+        MULTIPROCESSORS
+    }
+
+    pub(super) fn tensor_map(&self, b: Boxes) -> Result<TensorMap> {
+        let mut words = [0; 16];
+        let row_bytes = 2 * b.columns as u64;
+        let fields = [b.address, b.rows as u64, b.columns as u64, row_bytes, b.box_rows as u64];
+        words[..5].copy_from_slice(&fields);
+        words[5..7].copy_from_slice(&[BOX_COLUMNS as u64, TENSOR_MAP_MARK]);
+        Ok(TensorMap(words))
     }
 
     pub(super) fn capture(&self, work: impl FnOnce() -> Result<()>) -> Result<Graph> {
@@ -346,8 +396,9 @@ impl Emulated {
         sizes: &[usize],
     ) -> Result<()> {
         // An argument of eight bytes that is an address within a buffer is taken for a pointer.
-        let words = arguments.iter().zip(sizes).filter(|(_, size)| **size == 8);
-        // SAFETY: eight bytes, by the caller's word.
+        // A tensor map starts with the address of its matrix.
+        let words = arguments.iter().zip(sizes).filter(|(_, size)| [8, size_of::<TensorMap>()].contains(size));
+        // SAFETY: eight bytes at least, by the caller's word.
         let words: Vec<u64> = words.map(|(word, _)| unsafe { word.cast::<u64>().read_unaligned() }).collect();
         self.work_on(&words)?;
         let entry = kernel.entry();
@@ -369,10 +420,11 @@ impl Emulated {
             failed: AtomicU32::new(0),
             next_block: AtomicU64::new(0),
             fault_address: 0,
+            cooperative: u64::from(grid.cooperative),
             error: [0; 1536],
         };
         let blocks: u64 = grid.blocks.iter().map(|b| *b as u64).product();
-        let workers = blocks.min(rayon::current_num_threads() as u64);
+        let workers = if grid.cooperative { 1 } else { blocks.min(rayon::current_num_threads() as u64) };
         let shared = SharedLaunch(&raw mut launch);
         let shared = &shared;
         let work = move || {

@@ -7,6 +7,7 @@
 #![allow(dead_code)] // the table and the structs are complete; what of them is used depends on the driver
 
 use super::driver::Grid;
+use super::tensor_map::TensorMap;
 use super::{Buf, Cuda};
 use crate::device::Act;
 use crate::error::Result;
@@ -35,7 +36,9 @@ pub(crate) struct KernelEntry {
     pub line: u32,
     /// Row of `IMAGES`.
     pub image: usize,
-    /// f32, bf16; a kernel without `act_t` has the first alone.
+    /// For compute capability 9.0 alone.
+    pub hopper: bool,
+    /// f32, bf16; a kernel without `act_t` has the first alone, one for Hopper the second.
     pub emulated: [Option<Entry>; 2],
 }
 

@@ -9,8 +9,9 @@ mod queues;
 
 use super::cublas::Products;
 use super::driver::Grid;
-use super::functions::{IMAGES, KERNELS, Kernel};
+use super::functions::{IMAGES, KERNELS, Kernel, KernelEntry};
 use super::pinned::{Reads, Ring};
+use super::tensor_map::{BOX_COLUMNS, Boxes, TensorMap};
 use crate::error::{Error, Result};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
@@ -35,6 +36,9 @@ pub struct Gpu {
     functions: Vec<[Option<Function>; 2]>,
     /// Present once `open` has returned.
     products: Option<Products>,
+    /// Compute capability, as 90 for 9.0.
+    capability: i32,
+    multiprocessors: usize,
     /// Small copies to the host.
     reads: Reads,
     /// Copies from the host.
@@ -171,6 +175,12 @@ impl Gpu {
         let opening = |e| failure("opening the GPU", e);
         let device = result::device::get(ordinal as i32).map_err(opening)?;
         let name = result::device::get_name(device).map_err(opening)?;
+        use sys::CUdevice_attribute as Attribute;
+        // SAFETY: a device of this driver.
+        let attribute = |a| unsafe { result::device::get_attribute(device, a) }.map_err(opening);
+        let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+        let multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
         // SAFETY: a device of this driver.
         let context = unsafe { result::primary_ctx::retain(device) }.map_err(opening)?;
         // SAFETY: the context just retained.
@@ -186,6 +196,8 @@ impl Gpu {
             copies,
             functions: Vec::new(),
             products: None,
+            capability: 10 * major + minor,
+            multiprocessors,
             reads: Reads::default(),
             uploads: Ring::default(),
         };
@@ -196,7 +208,9 @@ impl Gpu {
 
     fn load(&self) -> Result<Vec<[Option<Function>; 2]>> {
         let mut modules = Vec::new();
-        for images in IMAGES {
+        for (i, images) in IMAGES.iter().enumerate() {
+            let hopper = KERNELS.iter().any(|k| k.image == i && k.hopper);
+            let images = if hopper && self.capability != 90 { &[None; 2] } else { images };
             let module = |image: Option<&'static [u8]>| {
                 let Some(image) = image else { return Ok(None) };
                 // SAFETY: a fatbin that nvcc wrote.
@@ -219,6 +233,42 @@ impl Gpu {
             functions.push([function(f32_module)?, function(bf16_module)?]);
         }
         Ok(functions)
+    }
+
+    /// Is it one, and does this build hold the code?
+    pub(super) fn is_hopper(&self) -> bool {
+        let has_code = |(k, f): (&KernelEntry, &[Option<Function>; 2])| k.hopper && f[1].is_some();
+        KERNELS.iter().zip(&self.functions).any(has_code)
+    }
+
+    pub(super) fn multiprocessors(&self) -> usize {
+        self.multiprocessors
+    }
+
+    pub(super) fn tensor_map(&self, b: Boxes) -> Result<TensorMap> {
+        let mut map = sys::CUtensorMap { opaque: [0; 16] };
+        let (sizes, row_bytes) = ([b.columns as u64, b.rows as u64], [2 * b.columns as u64]);
+        let (boxes, steps) = ([BOX_COLUMNS as u32, b.box_rows as u32], [1, 1]);
+        // SAFETY: the arrays hold as many numbers as two dimensions take; the address is looked at when the map is used.
+        unsafe {
+            sys::cuTensorMapEncodeTiled(
+                &raw mut map,
+                sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                2,
+                b.address as *mut c_void,
+                sizes.as_ptr(),
+                row_bytes.as_ptr(),
+                boxes.as_ptr(),
+                steps.as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        }
+        .result()
+        .map_err(|e| failure("describing a matrix to the copy engine", e))?;
+        Ok(TensorMap(map.opaque))
     }
 
     /// Makes this GPU's context the calling thread's.
@@ -314,9 +364,11 @@ impl Gpu {
         }
         let [blocks, threads] = [grid.blocks, grid.threads].map(|[x, y, z]| (x, y, z));
         let mut arguments = arguments.to_vec();
+        let launch =
+            if grid.cooperative { result::launch_cooperative_kernel } else { result::launch_kernel };
         // SAFETY: the arguments are the kernel's, by the caller's word; the driver copies their values before it returns.
         unsafe {
-            result::launch_kernel(
+            launch(
                 function.handle,
                 blocks,
                 threads,

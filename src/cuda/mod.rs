@@ -30,6 +30,7 @@ mod reduce;
 mod rows;
 mod sort;
 mod structure;
+mod tensor_map;
 #[cfg(test)]
 #[path = "../../tests/toy_kernel/mod.rs"]
 mod toy_kernel;
@@ -39,7 +40,7 @@ pub use buffer::Buf;
 pub use capture::Graph;
 pub use driver::{Driver, Event, Grid, Traffic, traffic};
 #[cfg(emulator)]
-pub use emulated::Schedule;
+pub use emulated::{Arch, Schedule};
 pub use functions::Dropout as DropoutArgument;
 
 use crate::device::{Act, Device, Dropout, Element, Later, Len, Queue, StepSizes};
@@ -95,11 +96,25 @@ impl Cuda {
     /// As [`Cuda::emulated`].
     #[cfg(emulator)]
     pub fn emulated_with(schedule: Schedule) -> Result<Self> {
-        Ok(Self::over(Driver::Emulated(emulated::Emulated::open(schedule)?)))
+        Self::emulated_gpu(schedule, Arch::from_environment()?)
+    }
+
+    /// The emulator as a GPU of one architecture or the other: which kernels it takes where both have some.
+    ///
+    /// # Errors
+    /// As [`Cuda::emulated`].
+    #[cfg(emulator)]
+    pub fn emulated_gpu(schedule: Schedule, arch: Arch) -> Result<Self> {
+        Ok(Self::over(Driver::Emulated(emulated::Emulated::open(schedule, arch)?)))
     }
 
     fn over(driver: Driver) -> Self {
         Cuda(Arc::new(Shared { arena: Arena::default(), driver: Arc::new(driver) }))
+    }
+
+    /// Does this device run the kernels for compute capability 9.0?
+    pub fn is_hopper(&self) -> bool {
+        self.driver().is_hopper()
     }
 
     /// What runs the kernels.

@@ -137,7 +137,7 @@ impl Bench {
 
     /// The emulator's own objects, the same for all.
     fn runtime(&self) -> Vec<PathBuf> {
-        ["cuda_host", "fiber"]
+        ["cuda_host", "fiber", "hopper"]
             .map(|name| {
                 let source = self.kernels.join("emulator").join(format!("{name}.cpp"));
                 let object = self.folder.join(format!("{name}.o"));

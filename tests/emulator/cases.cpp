@@ -10,7 +10,7 @@
 // The same numbers stand in src/cuda/emulated.rs, against the Rust side.
 using cuhost::Launch;
 static_assert(offsetof(Launch, grid) == 16 && offsetof(Launch, shared_bytes) == 40 && offsetof(Launch, failed) == 52 &&
-                  offsetof(Launch, fault_address) == 64 && offsetof(Launch, error) == 72 && sizeof(Launch) == 1608 &&
+                  offsetof(Launch, fault_address) == 64 && offsetof(Launch, cooperative) == 72 && offsetof(Launch, error) == 80 && sizeof(Launch) == 1616 &&
                   sizeof(cuhost::Kernel) == 24,
               "a launch lies in memory as Rust sees it");
 
