@@ -80,6 +80,13 @@ static inline To cuhost_bits(From from) {
   memcpy(&to, &from, sizeof to);
   return to;
 }
+// The bytes of (low, high) that the nibbles of `selector` number, from the lowest on.
+static inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+  unsigned long long both = (unsigned long long)high << 32 | low;
+  unsigned r = 0;
+  for (int i = 0; i < 4; i++) r |= (unsigned)(both >> (selector >> 4 * i & 7) * 8 & 0xFF) << 8 * i;
+  return r;
+}
 static inline int __float_as_int(float x) { return cuhost_bits<int>(x); }
 static inline unsigned __float_as_uint(float x) { return cuhost_bits<unsigned>(x); }
 static inline float __int_as_float(int x) { return cuhost_bits<float>(x); }

@@ -245,7 +245,7 @@ pub fn oracle(c: &Case) -> Results {
 /// Runs the op: guard words round every output, NaN in those it sets, ones in those it adds to.
 pub fn run<B: PrototypeLoss<A> + PrototypeLoss<f32>, A: Act + Sample>(dev: &B, c: &Case) -> Results {
     let up = |x: &[f32]| dev.upload(x).unwrap();
-    let act = |x: &[f32]| dev.upload(&x.iter().map(|v| A::from_f32(*v)).collect::<Vec<_>>()).unwrap();
+    let act = |x: &[f32]| guarded::among_poison(dev, &x.iter().map(|v| A::from_f32(*v)).collect::<Vec<_>>());
     let dims = Dims {
         rows: c.rows,
         columns: c.columns,
@@ -274,8 +274,8 @@ pub fn run<B: PrototypeLoss<A> + PrototypeLoss<f32>, A: Act + Sample>(dev: &B, c
     };
     let (first, second) = (dev.upload(&first).unwrap(), dev.upload(&second).unwrap());
     let input = || In {
-        z: &z,
-        column: &column,
+        z: z.buf(),
+        column: column.buf(),
         scale: scale.as_ref(),
         bias: bias.as_ref(),
         margin: margin.as_ref(),

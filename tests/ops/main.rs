@@ -5,6 +5,8 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+#[cfg(emulator)]
+use cellrefine::cuda::{Arch, Cuda, Schedule};
 use cellrefine::device::{Act, Dropout};
 use common::guarded::Sample;
 
@@ -49,6 +51,20 @@ macro_rules! on_emulated {
         mod emulated_eager { on_emulated!(@ Eager: $($body),*); }
     };
 }
+/// The same for what a Hopper GPU takes kernels of its own for: bf16 alone.
+#[cfg(emulator)]
+macro_rules! on_hopper {
+    (@ $schedule:ident: $($body:ident),*) => {
+        $(#[test] fn $body() {
+            super::$body::<_, half::bf16>(&crate::hopper(cellrefine::cuda::Schedule::$schedule));
+        })*
+    };
+    ($($body:ident),* $(,)?) => {
+        mod emulated_late_hopper { on_hopper!(@ Late: $($body),*); }
+        mod emulated_reversed_hopper { on_hopper!(@ Reversed: $($body),*); }
+        mod emulated_eager_hopper { on_hopper!(@ Eager: $($body),*); }
+    };
+}
 /// `mutants!("layernorm")`: each fault of kernels/mutants/layernorm.toml fails a test of this module; without a fault, the
 /// sanitizers find none either (ignored unless asked for: it takes a compiler with their libraries).
 #[cfg(emulator)]
@@ -73,6 +89,10 @@ macro_rules! mutants {
 macro_rules! on_emulated {
     ($($ignored:tt)*) => {};
 }
+#[cfg(not(emulator))]
+macro_rules! on_hopper {
+    ($($ignored:tt)*) => {};
+}
 
 mod adamw;
 mod embed;
@@ -82,13 +102,21 @@ mod linear;
 mod mask_tokens;
 mod pool;
 mod prototype_loss;
+mod prototype_loss_sm90;
 mod reduce;
 mod rows;
 mod unit_rows;
 
+/// With the kernels that every GPU can run.
 #[cfg(emulator)]
-fn emulated(schedule: cellrefine::cuda::Schedule) -> cellrefine::cuda::Cuda {
-    cellrefine::cuda::Cuda::emulated_with(schedule).expect("the emulator opens")
+fn emulated(schedule: Schedule) -> Cuda {
+    Cuda::emulated_gpu(schedule, Arch::Sm80).expect("the emulator opens")
+}
+
+/// With Hopper's own kernels where there are some.
+#[cfg(emulator)]
+fn hopper(schedule: Schedule) -> Cuda {
+    Cuda::emulated_gpu(schedule, Arch::Sm90).expect("the emulator opens")
 }
 
 /// Activations that can be poisoned and guarded.

@@ -36,22 +36,28 @@ on_emulated!(A:
 );
 
 /// Both precisions of the op; the teacher's normaliser is found in f32.
-trait Loss<A: ActSample>: PrototypeLoss<A> + PrototypeLoss<f32> {}
+pub trait Loss<A: ActSample>: PrototypeLoss<A> + PrototypeLoss<f32> {}
 impl<A: ActSample, B: PrototypeLoss<A> + PrototypeLoss<f32>> Loss<A> for B {}
 
-fn emulated<B: Device>(dev: &B) -> bool {
+pub fn emulated<B: Device>(dev: &B) -> bool {
     dev.name().starts_with("emulated")
 }
 
 /// The case as the op sees it: operands rounded to the activation type.
-fn stored<A: ActSample>(case: Case) -> Case {
+pub fn stored<A: ActSample>(case: Case) -> Case {
     if A::IS_F32 { case } else { case.rounded_to_bf16() }
 }
 
 /// 1e-5, but for what is rounded to the activation type: dz at its store everywhere; the weights of both products as well where
 /// tensor cores take them (2^-9 of each weight, against the largest result).
 #[track_caller]
-fn assert_kept<B: Loss<A>, A: ActSample>(dev: &B, case: &Case, got: &Results, want: &Results, what: &str) {
+pub fn assert_kept<B: Loss<A>, A: ActSample>(
+    dev: &B,
+    case: &Case,
+    got: &Results,
+    want: &Results,
+    what: &str,
+) {
     let rounded = 1.0 / 256.0;
     let dz = if A::IS_F32 { 1e-5 } else { rounded };
     let dcolumn = if A::IS_F32 || !emulated(dev) { 1e-5 } else { rounded };
@@ -59,7 +65,7 @@ fn assert_kept<B: Loss<A>, A: ActSample>(dev: &B, case: &Case, got: &Results, wa
 }
 
 #[track_caller]
-fn check<B: Loss<A>, A: ActSample>(dev: &B, case: &Case, what: &str) {
+pub fn check<B: Loss<A>, A: ActSample>(dev: &B, case: &Case, what: &str) {
     assert_kept::<B, A>(dev, case, &run::<B, A>(dev, case), &oracle(case), what);
 }
 
@@ -81,7 +87,7 @@ const TILE_SIZES: [(usize, usize, usize); 10] = [
     (3, 130, 1150),
 ];
 
-fn streaming_equals_materialised<B: Loss<A>, A: ActSample>(dev: &B) {
+pub fn streaming_equals_materialised<B: Loss<A>, A: ActSample>(dev: &B) {
     let sizes = if emulated(dev) { &TILE_SIZES[..] } else { &SIZES };
     for (seed, (rows, columns, width)) in sizes.iter().copied().enumerate() {
         let seed = seed as u64;
@@ -97,7 +103,7 @@ fn streaming_equals_materialised<B: Loss<A>, A: ActSample>(dev: &B) {
     }
 }
 
-fn balanced_supervised_contrast<B: Loss<A>, A: ActSample>(dev: &B) {
+pub fn balanced_supervised_contrast<B: Loss<A>, A: ActSample>(dev: &B) {
     for (seed, (rows, columns, first_self, width, classes)) in
         [(1, 1, 0, 3, 1), (2, 2, 0, 4, 1), (32, 32, 0, 128, 5), (50, 131, 40, 33, 3), (129, 129, 0, 64, 100)]
             .into_iter()
@@ -136,7 +142,7 @@ fn balanced_supervised_contrast_by_its_definition() {
 }
 
 /// A tile boundary, τ = 0.01, equal prototypes and a lone prototype.
-fn edges_of_the_softmax<B: Loss<A>, A: ActSample>(dev: &B) {
+pub fn edges_of_the_softmax<B: Loss<A>, A: ActSample>(dev: &B) {
     let columns = if emulated(dev) { [65, 128, 129, 160, 256] } else { [119, 120, 121, 240, 241] };
     for columns in columns {
         let mut case = stored::<A>(Case::new(11, 33, columns, 32));
@@ -157,7 +163,7 @@ fn edges_of_the_softmax<B: Loss<A>, A: ActSample>(dev: &B) {
     }
 }
 
-fn losses_are_never_negative_on_one_hot_targets<B: Loss<A>, A: ActSample>(dev: &B) {
+pub fn losses_are_never_negative_on_one_hot_targets<B: Loss<A>, A: ActSample>(dev: &B) {
     for columns in [7, 140] {
         never_negative::<B, A>(dev, columns);
     }
@@ -177,7 +183,7 @@ fn never_negative<B: Loss<A>, A: ActSample>(dev: &B, columns: usize) {
     assert!(run::<B, A>(dev, &case).loss.iter().all(|l| *l >= 0.0));
 }
 
-fn skipped_rows_change_nothing<B: Loss<A>, A: ActSample>(dev: &B) {
+pub fn skipped_rows_change_nothing<B: Loss<A>, A: ActSample>(dev: &B) {
     let whole = stored::<A>(Case::new(21, 70, 130, 40)).everything(21, 0.1, 0.2);
     let mut holes = whole.clone();
     for i in (0..70).filter(|i| i % 3 == 0 || *i > 60) {
@@ -198,7 +204,7 @@ fn skipped_rows_change_nothing<B: Loss<A>, A: ActSample>(dev: &B) {
     check::<B, A>(dev, &none, "rows without a target");
 }
 
-fn columns_of_infinite_bias_are_left_out<B: Loss<A>, A: ActSample>(dev: &B) {
+pub fn columns_of_infinite_bias_are_left_out<B: Loss<A>, A: ActSample>(dev: &B) {
     let mut case = stored::<A>(Case::new(22, 40, 200, 32));
     let mut bias = vec![0.0f32; 200];
     bias[150..].fill(f32::NEG_INFINITY);
@@ -217,7 +223,7 @@ fn columns_of_infinite_bias_are_left_out<B: Loss<A>, A: ActSample>(dev: &B) {
 }
 
 /// dz is set or added to, and both by the same amount.
-fn gradients_are_added_where_asked<B: Loss<A>, A: ActSample>(dev: &B) {
+pub fn gradients_are_added_where_asked<B: Loss<A>, A: ActSample>(dev: &B) {
     [70, 140].into_iter().for_each(|columns| added_where_asked::<B, A>(dev, columns));
 }
 
@@ -313,7 +319,7 @@ fn the_oracle_passes_finite_differences() {
     }
 }
 
-fn same_bits_for_any_number_of_threads<B: Loss<A>, A: ActSample>(dev: &B) {
+pub fn same_bits_for_any_number_of_threads<B: Loss<A>, A: ActSample>(dev: &B) {
     let (rows, columns, width) = if emulated(dev) { (150, 180, 20) } else { (330, 700, 64) };
     let one_hot = stored::<A>(Case::new(51, rows, columns, width));
     let same = stored::<A>(Case::same_label(51, rows, rows, 0, width, 9));
@@ -337,7 +343,7 @@ fn bf16_rounds_only_at_the_store() {
     }
 }
 
-fn a_nan_anywhere_reaches_the_loss<B: Loss<A>, A: ActSample>(dev: &B) {
+pub fn a_nan_anywhere_reaches_the_loss<B: Loss<A>, A: ActSample>(dev: &B) {
     for (at, columns) in (0..4).flat_map(|at| [(at, 130), (at, 20)]) {
         let mut case = stored::<A>(Case::new(61, 40, columns, 32));
         match at {

@@ -1,24 +1,21 @@
-//! The streaming softmax loss: geometry of `kernels/prototype_loss.cu` and `prototype_loss_total.cu`. Formulas in
-//! [`crate::ops::prototype_loss`]; tiling and floors in `docs/kernels-prototype-loss.md`.
+//! The streaming softmax loss: geometry of `kernels/prototype_loss*.cu`. Formulas in [`crate::ops::prototype_loss`]; tiling and
+//! floors in `docs/kernels-prototype-loss.md`. What Hopper's own kernels take: [`hopper`].
+
+mod hopper;
+mod tiling;
+
+pub(super) use tiling::most_bytes;
 
 use super::functions::{
     SoftmaxCall, prototype_loss_columns, prototype_loss_columns_wide, prototype_loss_lse_total,
     prototype_loss_positives, prototype_loss_rows, prototype_loss_rows_total, prototype_loss_rows_wide,
     prototype_loss_small, reduce_columns,
 };
-use super::workspace::bytes;
 use super::{Buf, Cuda, Grid};
 use crate::device::Act;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::ops::prototype_loss::{ColumnGradients, Dims, In, Out, PrototypeLoss, Target};
-
-/// Widths of the first pair of kernels, and of the second.
-const NARROW: usize = 256;
-const WIDE: usize = 1152;
-/// Blocks that keep the largest GPU busy: two for each of 132 multiprocessors. The streamed operand is split until there are so
-/// many, but a split has at least [`LEAST_TILES`] tiles, so that its partial sums stay a small share of its work.
-const BLOCKS: usize = 264;
-const LEAST_TILES: usize = 2;
+use tiling::{BLOCKS, Tiling};
 
 /// The one-launch kernel: MOST_COLUMNS of `kernels/prototype_loss_small.cu`; shared memory that sm_80 has for a block; products
 /// (R·P·D) above which tiles in registers win over the launches saved.
@@ -33,68 +30,6 @@ fn small(dims: Dims) -> Option<usize> {
     let bytes = 4 * (columns * (padded + 4) + 8 * (padded + SMALL_COLUMNS));
     let fits = columns <= SMALL_COLUMNS && bytes <= SMALL_SHARED_BYTES;
     (fits && rows * columns * width <= SMALL_PRODUCTS).then_some(bytes)
-}
-
-/// What a block keeps and what it walks over, in rows of the one operand and of the other.
-struct Tiling {
-    wide: bool,
-    /// Grid in x: tiles of the resident operand.
-    resident_tiles: usize,
-    /// Grid in y.
-    splits: usize,
-    /// Streamed tiles of a split.
-    tiles_per_split: usize,
-    shared_bytes: usize,
-}
-
-impl Tiling {
-    fn new<A: Act>(resident: usize, streamed: usize, width: usize) -> Result<Self> {
-        if width > WIDE {
-            return Err(Error::usage("the rows are too wide for the softmax loss kernels")
-                .found(width)
-                .wanted(format!("at most {WIDE}")));
-        }
-        let wide = width > NARROW;
-        let [own, tile] = tile_rows::<A>(wide);
-        let rows = (own + 2 * tile) * (width.next_multiple_of(16) + 8) * 2;
-        let parts = if wide { 8 * 2 * 32 * 16 } else { 0 };
-        let (resident_tiles, tiles) = (resident.div_ceil(own), streamed.div_ceil(tile));
-        let tiles_per_split = tiles.div_ceil((BLOCKS / resident_tiles.max(1)).max(1)).max(LEAST_TILES);
-        Ok(Tiling {
-            wide,
-            resident_tiles,
-            splits: tiles.div_ceil(tiles_per_split).max(1),
-            tiles_per_split,
-            shared_bytes: if A::IS_F32 { 0 } else { rows + parts },
-        })
-    }
-
-    fn grid(&self) -> Grid {
-        Grid::plane(self.resident_tiles, self.splits, 256).shared(self.shared_bytes)
-    }
-}
-
-/// BM and BN of the kernels: rows of a resident and of a streamed tile.
-fn tile_rows<A: Act>(wide: bool) -> [usize; 2] {
-    match (A::IS_F32, wide) {
-        (true, false) => [64, 64],
-        (true, true) => [32, 64],
-        (false, false) => [128, 32],
-        (false, true) => [32, 16],
-    }
-}
-
-/// Bytes of workspace for at most so many rows and columns, in both passes.
-pub(super) fn most_bytes<A: Act>(rows: usize, columns: usize, width: usize) -> usize {
-    let [own, tile] = tile_rows::<A>(width > NARROW);
-    // Resident rows times splits: splits fill up to BLOCKS tiles of residents, and have at least LEAST_TILES tiles each.
-    let split = |resident: usize, streamed: usize| {
-        let splits = streamed.div_ceil(tile).div_ceil(LEAST_TILES);
-        resident.max((resident * splits).min(BLOCKS * own))
-    };
-    let (forward, backward) = (split(rows, columns), split(columns, rows));
-    let forward = bytes::<f32>(&[forward * 4, forward * width, rows]);
-    forward.max(bytes::<f32>(&[backward * 2, backward * width, rows]))
 }
 
 /// What the streaming kernels read.
@@ -183,6 +118,14 @@ impl<'a, A: Act> Operands<'a, A> {
         self.mix.is_some() || self.teacher[0].is_some() || self.label[0].is_some()
     }
 
+    /// Weights and columns of a target of one column a row, which [`Operands::new`] set.
+    fn one_column(&self) -> (&'a Buf<f32>, &'a Buf<i32>) {
+        let (Some(weight), Some(column)) = (self.row_weight, self.target_column) else {
+            unreachable!("sparse targets name columns")
+        };
+        (weight, column)
+    }
+
     /// Floats for [`Operands::find_positives`].
     fn share_len(&self) -> usize {
         if self.label[0].is_some() { self.call.rows as usize } else { 0 }
@@ -268,6 +211,71 @@ impl<'a, A: Act> Operands<'a, A> {
             call,
         )
     }
+
+    /// Sums over this split's rows, or onto `dcolumn` where there is one split alone.
+    fn stream_rows(
+        &self,
+        cuda: &Cuda,
+        tiling: &Tiling,
+        share: Option<&Buf<f32>>,
+        lse: &Buf<f32>,
+        dcolumn: &mut Buf<f32>,
+        sums: Option<&mut Buf<f32>>,
+        slots: Slots,
+    ) -> Result<()> {
+        let Operands { z, column, scale, bias, margin, row_weight, .. } = *self;
+        let Operands { target_column, target_mass, mix, teacher, label, same_bias, .. } = *self;
+        let call = SoftmaxCall { tiles_per_split: tiling.tiles_per_split as i32, ..self.call };
+        let kernel = if tiling.wide { prototype_loss_columns_wide::<A> } else { prototype_loss_columns::<A> };
+        let ([teacher_z, teacher_column, teacher_lse], [row_label, column_label]) = (teacher, label);
+        kernel(
+            cuda,
+            tiling.grid(),
+            z,
+            column,
+            scale,
+            bias,
+            margin,
+            row_weight,
+            target_column,
+            target_mass,
+            mix,
+            teacher_z,
+            teacher_column,
+            teacher_lse,
+            row_label,
+            column_label,
+            same_bias,
+            share,
+            lse,
+            dcolumn,
+            sums,
+            i32::from(tiling.splits == 1),
+            slots.bias,
+            slots.scale,
+            slots.count as i32,
+            call,
+        )
+    }
+}
+
+/// Where a split's sums of the gradients of bias and scale lie among (slots, P); -1 = not asked for.
+#[derive(Clone, Copy)]
+struct Slots {
+    bias: i32,
+    scale: i32,
+    count: usize,
+}
+
+impl Slots {
+    fn new(grads: &ColumnGradients<'_, Cuda>) -> Self {
+        let count = usize::from(grads.bias.is_some()) + usize::from(grads.scale.is_some());
+        Slots {
+            bias: if grads.bias.is_some() { 0 } else { -1 },
+            scale: if grads.scale.is_some() { count as i32 - 1 } else { -1 },
+            count,
+        }
+    }
 }
 
 /// Blocks of kernels with a warp per row.
@@ -290,7 +298,11 @@ impl<A: Act> PrototypeLoss<A> for Cuda {
         if let Some(shared_bytes) = small(dims) {
             return operands.in_one_launch(self, shared_bytes, out);
         }
-        let tiling = Tiling::new::<A>(rows, columns, width)?;
+        let hopper = hopper::takes(self, dims, &operands);
+        let tiling = match hopper {
+            true => hopper::tiling(rows, columns, width),
+            false => Tiling::new::<A>(rows, columns, width)?,
+        };
         let splits = tiling.splits;
         let mut workspace = self.workspace();
         let [mut stats, mut o, mut share] =
@@ -301,8 +313,12 @@ impl<A: Act> PrototypeLoss<A> for Cuda {
             operands.stream_columns(self, &tiling, share, None, &mut stats, None)?;
             prototype_loss_lse_total(self, warp_per_row(rows), &stats, out.lse, rows as i32, splits as i32)?;
         }
-        let lse = (!online).then_some(&*out.lse);
-        operands.stream_columns(self, &tiling, share, lse, &mut stats, Some(&mut o))?;
+        if hopper {
+            hopper::stream_columns(self, dims, &operands, &tiling, &mut stats, &mut o)?;
+        } else {
+            let lse = (!online).then_some(&*out.lse);
+            operands.stream_columns(self, &tiling, share, lse, &mut stats, Some(&mut o))?;
+        }
         prototype_loss_rows_total(
             self,
             warp_per_row(rows),
@@ -337,51 +353,29 @@ impl<A: Act> PrototypeLoss<A> for Cuda {
             return Ok(());
         }
         let operands = Operands::new(dims, &input);
-        let tiling = Tiling::new::<A>(columns, rows, width)?;
+        let hopper = hopper::takes(self, dims, &operands);
+        let tiling = match hopper {
+            true => hopper::tiling(columns, rows, width),
+            false => Tiling::new::<A>(columns, rows, width)?,
+        };
         let splits = tiling.splits;
-        // Slots of the sums: the gradient of the bias, that of the scale, or both.
-        let slots = usize::from(grads.bias.is_some()) + usize::from(grads.scale.is_some());
-        let bias_slot = if grads.bias.is_some() { 0 } else { -1 };
-        let scale_slot = if grads.scale.is_some() { slots as i32 - 1 } else { -1 };
+        if hopper && splits == 1 {
+            return hopper::stream_rows(self, dims, &operands, &tiling, lse, hopper::Sums::Added(grads));
+        }
+        let slots = Slots::new(&grads);
         let parts = if splits > 1 { splits * columns * width } else { 0 };
         let mut workspace = self.workspace();
         let [mut sums, mut partial, mut share] =
-            workspace.parts::<f32, 3>([splits * slots * columns, parts, operands.share_len()])?;
+            workspace.parts::<f32, 3>([splits * slots.count * columns, parts, operands.share_len()])?;
         let share = operands.find_positives(self, &mut share)?;
-
-        let Operands { z, column, scale, bias, margin, row_weight, .. } = operands;
-        let Operands { target_column, target_mass, mix, teacher, label, same_bias, .. } = operands;
-        let call = SoftmaxCall { tiles_per_split: tiling.tiles_per_split as i32, ..operands.call };
-        let kernel = if tiling.wide { prototype_loss_columns_wide::<A> } else { prototype_loss_columns::<A> };
-        let ([teacher_z, teacher_column, teacher_lse], [row_label, column_label]) = (teacher, label);
-        kernel(
-            self,
-            tiling.grid(),
-            z,
-            column,
-            scale,
-            bias,
-            margin,
-            row_weight,
-            target_column,
-            target_mass,
-            mix,
-            teacher_z,
-            teacher_column,
-            teacher_lse,
-            row_label,
-            column_label,
-            same_bias,
-            share,
-            lse,
-            if splits > 1 { &mut partial } else { &mut *grads.column },
-            (slots > 0).then_some(&mut sums),
-            i32::from(splits == 1),
-            bias_slot,
-            scale_slot,
-            slots as i32,
-            call,
-        )?;
+        let some_sums = (slots.count > 0).then_some(&mut sums);
+        if hopper {
+            let parts = hopper::Sums::Parts { column: &mut partial, sums: some_sums, slots };
+            hopper::stream_rows(self, dims, &operands, &tiling, lse, parts)?;
+        } else {
+            let column = if splits > 1 { &mut partial } else { &mut *grads.column };
+            operands.stream_rows(self, &tiling, share, lse, column, some_sums, slots)?;
+        }
         let add_up = |partial: &Buf<f32>,
                       first: &mut Buf<f32>,
                       second: Option<&mut Buf<f32>>,
@@ -394,7 +388,7 @@ impl<A: Act> PrototypeLoss<A> for Cuda {
             add_up(&partial, grads.column, None, columns * width, columns * width)?;
         }
         match (grads.bias, grads.scale) {
-            (Some(bias), scale) => add_up(&sums, bias, scale, slots * columns, columns),
+            (Some(bias), scale) => add_up(&sums, bias, scale, slots.count * columns, columns),
             (None, Some(scale)) => add_up(&sums, scale, None, columns, columns),
             (None, None) => Ok(()),
         }
