@@ -5,8 +5,10 @@
 #   scripts/sass-report.sh           writes docs/sass.md, and fails when a rule is broken
 #   scripts/sass-report.sh --check   writes nothing; also fails when a kernel takes more registers than docs/sass.md says
 #
-# Rules: no spill, no stack, no local memory; tensor-core instructions in every kernel whose source multiplies by mma; a 16-byte
-# global access in every kernel that is not listed below as too small to need one.
+# Rules: no spill, no stack, no local memory; tensor-core instructions in every kernel whose source multiplies by mma, HGMMA where it
+# does so by wgmma, UTMALDG where it loads boxes; no complaint of ptxas about wgmma or setmaxnreg (C75xx: products in sequence, or
+# registers left as they were); a 16-byte global access in every kernel that is not listed below as too small to need one.
+# Files named *_sm90.cu are compiled for sm_90a and for bf16 alone.
 # Needs scripts/cuda-toolkit.sh --sass.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -23,7 +25,7 @@ REPORT = pathlib.Path("docs/sass.md")
 # Kernels that move a few kilobytes, or whose accesses are scattered by their task: no 16-byte access wanted.
 SMALL = pathlib.Path("kernels/sass-small.txt").read_text().split()
 COUNTED = {
-    "HMMA": r"\bHMMA", "HGMMA": r"\bHGMMA", "MUFU": r"\bMUFU", "16-byte": r"\b(LDG|STG|LDGSTS)\S*\.128",
+    "HMMA": r"\bHMMA", "HGMMA": r"\bHGMMA", "UTMALDG": r"\bUTMALDG", "MUFU": r"\bMUFU", "16-byte": r"\b(LDG|STG|LDGSTS)\S*\.128",
     "global": r"\b(LDG|STG|LDGSTS)\b", "LDSM": r"\bLDSM", "local": r"\b(LDL|STL)\b",
 }
 
@@ -31,13 +33,14 @@ COUNTED = {
 def signature_files():
     for path in sorted(pathlib.Path("kernels").glob("*.cu")):
         text = path.read_text()
-        acts = ACTS if re.search(r"__global__[^{]*\bact_t\b", text) else ACTS[:1]
+        hopper = path.stem.endswith("_sm90")
+        acts = ACTS[1:] if hopper else ACTS if re.search(r"__global__[^{]*\bact_t\b", text) else ACTS[:1]
         threads = dict()
         for match in re.finditer(r'extern "C" __global__ void (?:__launch_bounds__\((\w+)[^)]*\) )?(\w+)\(', text):
             bound = match[1] or "1024"
-            define = re.search(rf"#define {bound} (\d+)", text)
+            define = re.search(rf"#define {bound} (\d+)", sources(path))
             threads[match[2]] = int(define[1] if define else bound) if (define or bound.isdigit()) else 0
-        yield path, acts, threads
+        yield path, acts, [arch for arch in ARCHS if arch == "sm_90a" or not hopper], threads
 
 
 def compile_and_read(path, act, arch, folder):
@@ -48,6 +51,7 @@ def compile_and_read(path, act, arch, folder):
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stderr}")
     kernels, name = {}, None
+    complaints = [line for line in done.stderr.splitlines() if re.search(r"\(C75\d\d\)", line)]
     for line in done.stderr.splitlines():
         if found := re.search(r"Compiling entry function '(\w+)'", line):
             name = found[1]
@@ -65,7 +69,7 @@ def compile_and_read(path, act, arch, folder):
         name = part.split()[0]
         for what, pattern in COUNTED.items():
             kernels[name][what] = len(re.findall(pattern, part))
-    return [(path.stem, act, arch, name, k) for name, k in kernels.items()]
+    return [(path.stem, act, arch, name, k) for name, k in kernels.items()], complaints
 
 
 def occupancy(k, threads):
@@ -83,28 +87,33 @@ def occupancy(k, threads):
 def main():
     check = "--check" in sys.argv[1:]
     files = list(signature_files())
-    bounds = {name: threads for _, _, table in files for name, threads in table.items()}
-    multiplies = {path.stem for path, _, _ in files if re.search(r"\bmma_\w+\(", sources(path))}
+    bounds = {name: threads for *_, table in files for name, threads in table.items()}
+    using = lambda what: {path.stem for path, *_ in files if re.search(what, sources(path))}
+    multiplies, by_warpgroup, by_box = using(r"\bmma_\w+\("), using(r"\bwgmma_(shared|fragment)\b"), using(r"\btma_load\(")
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = [pool.submit(compile_and_read, path, act, arch, folder) for path, acts, _ in files for act in acts
-                for arch in ARCHS]
-        rows = [row for job in jobs for row in job.result()]
+        jobs = [pool.submit(compile_and_read, path, act, arch, folder) for path, acts, archs, _ in files for act in acts
+                for arch in archs]
+        rows = [row for job in jobs for row in job.result()[0]]
+        broken = [complaint for job in jobs for complaint in job.result()[1]]
 
-    broken = []
-    table = ["| file | act | arch | kernel | threads | registers | occupancy % | shared | spill | stack | HMMA | HGMMA | LDSM | MUFU | "
-             "16-byte / global | LDL, STL |", "|---|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
+    table = ["| file | act | arch | kernel | threads | registers | occupancy % | shared | spill | stack | HMMA | HGMMA | UTMALDG | LDSM | MUFU | "
+             "16-byte / global | LDL, STL |", "|---|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
     for stem, act, arch, name, k in rows:
         place = f"{stem}.cu {name} ({act}, {arch})"
         if k["spill"] or k["stack"] or k["local"]:
             broken.append(f"{place}: {k['spill']} bytes spilled, {k['stack']} bytes of stack, {k['local']} local accesses")
         if stem in multiplies and act == "bf16" and not (k["HMMA"] + k["HGMMA"]) and name not in SMALL:
             broken.append(f"{place}: no tensor-core instruction")
+        if stem in by_warpgroup and not k["HGMMA"] and name not in SMALL:
+            broken.append(f"{place}: no HGMMA")
+        if stem in by_box and not k["UTMALDG"] and name not in SMALL:
+            broken.append(f"{place}: no UTMALDG")
         if not k["16-byte"] and name not in SMALL:
             broken.append(f"{place}: no 16-byte global access")
         share = occupancy(k, bounds.get(name, 0))
         table.append(f"| {stem} | {act} | {arch} | {name} | {bounds.get(name) or ''} | {k['registers']} | "
                      f"{'' if share is None else share} | {k['shared']} | {k['spill']} | {k['stack']} | {k['HMMA']} | {k['HGMMA']} | "
-                     f"{k['LDSM']} | {k['MUFU']} | {k['16-byte']} / {k['global']} | {k['local']} |")
+                     f"{k['UTMALDG']} | {k['LDSM']} | {k['MUFU']} | {k['16-byte']} / {k['global']} | {k['local']} |")
 
     if check:
         budget = {}
@@ -136,7 +145,7 @@ def sources(path):
     """A kernel file with the headers of its own that it includes."""
     text = path.read_text()
     for header in re.findall(r'#include "(\w+\.cuh)"', text):
-        if header not in ("common.cuh", "ptx.cuh"):
+        if header not in ("common.cuh", "ptx.cuh", "ptx_sm90.cuh"):
             text += sources(path.parent / header)
     return text
 

@@ -26,8 +26,8 @@ on_hopper!(
     same_bits_for_any_order_of_blocks,
 );
 
-/// Rows and columns: one more than tiles of 64 and 128, a lone row, so many tiles that every stage is used twice, several splits of
-/// either pass (600: ten tiles). Widths: 8, whole 64-column tiles, one 16-byte unit more, both sides of 128, the widest.
+/// Rows and columns: one more than tiles of 64 and 128, a lone row, eight tiles in one split, so that stages are used again, and two
+/// splits of either pass (600: ten tiles). Widths: 8, whole 64-column tiles, one 16-byte unit more, both sides of 128, the widest.
 const SIZES: [(usize, usize, usize); 8] = [
     (1, 129, 8),
     (130, 200, 64),

@@ -24,6 +24,8 @@ const THREADS: u32 = 384;
 const MULTIPROCESSORS: usize = 132;
 /// Three waves of blocks at most while the streamed operand is split; it bounds what partial sums take.
 const MOST_BLOCKS: usize = 3 * MULTIPROCESSORS;
+/// A split has at least as many tiles as there are stages: with fewer it would be over before its pipeline is full.
+const LEAST_TILES: usize = STAGES;
 /// What a block costs beside its tiles, in tiles of 1.2 µs: its resident rows, the first tile's latency, 128 KB of sums to store.
 const BLOCK_TILES: usize = 6;
 /// Blocks whose partial sums take as long to add up as a tile; and the launch that does it.
@@ -43,7 +45,7 @@ pub(super) fn takes<A: Act>(cuda: &Cuda, dims: Dims, operands: &Operands<'_, A>)
 
 /// The splits that cost least: waves of blocks times a block's tiles, and what it takes to add up the parts.
 fn splits(resident_tiles: usize, tiles: usize) -> usize {
-    let most = (MOST_BLOCKS / resident_tiles.max(1)).clamp(1, tiles.max(1));
+    let most = (MOST_BLOCKS / resident_tiles.max(1)).min(tiles / LEAST_TILES).max(1);
     let cost = |splits: usize| {
         let blocks = resident_tiles * splits;
         let streamed = blocks.div_ceil(MULTIPROCESSORS) * (tiles.div_ceil(splits) + BLOCK_TILES);
@@ -55,7 +57,7 @@ fn splits(resident_tiles: usize, tiles: usize) -> usize {
 
 /// Resident rows times splits, at most, for operands up to these sizes.
 pub(super) fn most_rows(resident: usize, streamed: usize) -> usize {
-    resident.max((resident * streamed.div_ceil(STREAMED)).min(MOST_BLOCKS * RESIDENT))
+    resident.max((resident * (streamed.div_ceil(STREAMED) / LEAST_TILES)).min(MOST_BLOCKS * RESIDENT))
 }
 
 /// Tiles of one pass.
