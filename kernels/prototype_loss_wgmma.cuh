@@ -23,15 +23,13 @@
 // both operands, 2·(32 + 32) KB; O one, 2·32 KB; the copy writes 32 KB: 1792. From the second-level cache 32 KB: 16 B a clock.
 // W: 8192 elements of some 12 instructions at 128 a clock: 768, exponentials at 16 a clock 512, both beside the products.
 #pragma once
-#include "ptx_sm90.cuh"
-#include "softmax_problem.cuh"
+#include "prototype_loss_weights.cuh"
 
 #define RESIDENT 128  // rows of a block
 #define OWN 64        // rows of a consumer
 #define STREAMED 64   // rows of a streamed tile
 #define NTILES (STREAMED / 8)
 #define STAGES 4
-#define PARAMETERS 4  // floats (or integers) of a streamed index
 #define LOSS_THREADS 384
 
 // Bytes of 64 columns of a tile.
@@ -167,23 +165,4 @@ DEVICE void consume(const Stage<TILES>& stage, int group, int count, float (&o)[
   wgmma_commit();
   wgmma_wait<0>();
   hold(o);
-}
-
-// Stores the part of O that lies inside the matrix, 16 bytes at a time: lanes 2l and 2l + 1 hold columns 4l.. of rows r and r + 8
-// between them, and trade: an even lane gets four columns of row r, an odd one of r + 8. `store(column, value)`.
-template <int HALVES, class Store>
-DEVICE void store_rows(const float (&o)[HALVES][16][4], int width, Store store) {
-  int lane = threadIdx.x % 32;
-  bool upper = lane % 2;  // of the rows
-#pragma unroll
-  for (int h = 0; h < HALVES; h++)
-#pragma unroll
-    for (int n = 0; n < 16; n++) {
-      const float(&x)[4] = o[h][n];
-      float give0 = upper ? x[0] : x[2], give1 = upper ? x[1] : x[3];
-      float got0 = __shfl_xor_sync(FULL_WARP, give0, 1), got1 = __shfl_xor_sync(FULL_WARP, give1, 1);
-      int column = h * 128 + n * 8 + lane % 4 / 2 * 4;
-      if (column < width)
-        store(column, upper ? make_float4(got0, got1, x[2], x[3]) : make_float4(x[0], x[1], got0, got1));
-    }
 }

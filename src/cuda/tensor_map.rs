@@ -35,7 +35,7 @@ impl Cuda {
         columns: usize,
         box_rows: usize,
     ) -> Result<TensorMap> {
-        if size_of::<A>() != size_of::<bf16>() || buf.len() < rows * columns || columns % 8 != 0 {
+        if size_of::<A>() != size_of::<bf16>() || buf.len() < rows * columns || !columns.is_multiple_of(8) {
             return Err(Error::bug("a tensor map over what is no matrix of bf16 rows of 16 bytes each"));
         }
         self.driver().tensor_map(Boxes { address: buf.address(), rows, columns, box_rows })

@@ -58,17 +58,6 @@ pub fn input<B: Device, T: Sample>(dev: &B, host: &[T]) -> Guarded<B, T> {
     Guarded { dev: dev.clone(), whole, part, len: host.len() }
 }
 
-/// What an op only reads, with poison on either side: a read beyond it shows in the result.
-pub fn among_poison<B: Device, T: Sample>(dev: &B, host: &[T]) -> Guarded<B, T> {
-    let mut content = vec![T::POISON; GUARD];
-    content.extend_from_slice(host);
-    content.resize(host.len() + 2 * GUARD, T::POISON);
-    let whole = dev.upload(&content).unwrap();
-    // SAFETY: `whole` is not used while an op runs on `part`.
-    let part = unsafe { dev.part(&whole, GUARD..GUARD + host.len()) };
-    Guarded { dev: dev.clone(), whole, part, len: host.len() }
-}
-
 /// A guarded buffer full of poison, for an output that the op must set.
 pub fn poisoned<B: Device, T: Sample>(dev: &B, len: usize) -> Guarded<B, T> {
     input(dev, &vec![T::POISON; len])

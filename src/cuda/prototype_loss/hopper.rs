@@ -1,7 +1,7 @@
 //! What `kernels/prototype_loss_sm90.cu` takes, and its launches.
 
 use super::tiling::Tiling;
-use super::{Operands, Slots};
+use super::{Operands, Parts, Slots};
 use crate::cuda::functions::{SoftmaxCall, prototype_loss_columns_sm90, prototype_loss_rows_sm90};
 use crate::cuda::{Buf, Cuda};
 use crate::device::Act;
@@ -34,7 +34,7 @@ const SUM_TILES: usize = 4;
 
 /// Are rows of this type and width for these kernels?
 pub(super) fn fits<A: Act>(width: usize) -> bool {
-    !A::IS_F32 && width <= WIDEST && width % ALIGNED == 0
+    !A::IS_F32 && width <= WIDEST && width.is_multiple_of(ALIGNED)
 }
 
 /// Do these kernels take the call? bf16 on Hopper, widths up to 256 that are multiples of 8, and targets of one column a row;
@@ -109,8 +109,8 @@ pub(super) fn stream_columns<A: Act>(
 pub(super) enum Sums<'a> {
     /// One split: added to the gradients.
     Added(ColumnGradients<'a, Cuda>),
-    /// (splits, P, D), and (splits, slots, P) of the gradients of bias and scale.
-    Parts { column: &'a mut Buf<f32>, sums: Option<&'a mut Buf<f32>>, slots: Slots },
+    /// Several: added up behind it.
+    Parts(Parts<'a>),
 }
 
 /// Second pass.
@@ -126,7 +126,7 @@ pub(super) fn stream_rows<A: Act>(
     let (row_weight, target_column) = operands.one_column();
     let (dcolumn, dbias, dscale, sums, slots) = match sums {
         Sums::Added(g) => (g.column, g.bias, g.scale, None, Slots { bias: -1, scale: -1, count: 0 }),
-        Sums::Parts { column, sums, slots } => (column, None, None, sums, slots),
+        Sums::Parts(Parts { column, sums, slots }) => (column, None, None, sums, slots),
     };
     prototype_loss_columns_sm90(
         cuda,

@@ -219,9 +219,7 @@ impl<'a, A: Act> Operands<'a, A> {
         tiling: &Tiling,
         share: Option<&Buf<f32>>,
         lse: &Buf<f32>,
-        dcolumn: &mut Buf<f32>,
-        sums: Option<&mut Buf<f32>>,
-        slots: Slots,
+        Parts { column: dcolumn, sums, slots }: Parts<'_>,
     ) -> Result<()> {
         let Operands { z, column, scale, bias, margin, row_weight, .. } = *self;
         let Operands { target_column, target_mass, mix, teacher, label, same_bias, .. } = *self;
@@ -257,6 +255,15 @@ impl<'a, A: Act> Operands<'a, A> {
             call,
         )
     }
+}
+
+/// What the splits of the second pass set.
+struct Parts<'a> {
+    /// (splits, P, D); the gradient itself, added to, where there is one split.
+    column: &'a mut Buf<f32>,
+    /// (splits, slots, P).
+    sums: Option<&'a mut Buf<f32>>,
+    slots: Slots,
 }
 
 /// Where a split's sums of the gradients of bias and scale lie among (slots, P); -1 = not asked for.
@@ -363,18 +370,17 @@ impl<A: Act> PrototypeLoss<A> for Cuda {
             return hopper::stream_rows(self, dims, &operands, &tiling, lse, hopper::Sums::Added(grads));
         }
         let slots = Slots::new(&grads);
-        let parts = if splits > 1 { splits * columns * width } else { 0 };
+        let partial = if splits > 1 { splits * columns * width } else { 0 };
         let mut workspace = self.workspace();
         let [mut sums, mut partial, mut share] =
-            workspace.parts::<f32, 3>([splits * slots.count * columns, parts, operands.share_len()])?;
+            workspace.parts::<f32, 3>([splits * slots.count * columns, partial, operands.share_len()])?;
         let share = operands.find_positives(self, &mut share)?;
-        let some_sums = (slots.count > 0).then_some(&mut sums);
+        let column = if splits > 1 { &mut partial } else { &mut *grads.column };
+        let parts = Parts { column, sums: (slots.count > 0).then_some(&mut sums), slots };
         if hopper {
-            let parts = hopper::Sums::Parts { column: &mut partial, sums: some_sums, slots };
-            hopper::stream_rows(self, dims, &operands, &tiling, lse, parts)?;
+            hopper::stream_rows(self, dims, &operands, &tiling, lse, hopper::Sums::Parts(parts))?;
         } else {
-            let column = if splits > 1 { &mut partial } else { &mut *grads.column };
-            operands.stream_rows(self, &tiling, share, lse, column, some_sums, slots)?;
+            operands.stream_rows(self, &tiling, share, lse, parts)?;
         }
         let add_up = |partial: &Buf<f32>,
                       first: &mut Buf<f32>,
