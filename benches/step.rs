@@ -11,8 +11,15 @@ fn step(c: &mut Criterion) {
     group.sample_size(10);
     for (seq, train) in [(512, false), (512, true), (2048, false)] {
         let preset = Preset::named("gf-v1-10m").expect("a preset");
-        let case =
-            StepCase { preset, lengths: vec![seq; 4], train, mlm: false, effort: Effort::quick(), seed: 0 };
+        let case = StepCase {
+            preset,
+            lengths: vec![seq; 4],
+            train,
+            mlm: false,
+            graph: false,
+            effort: Effort::quick(),
+            seed: 0,
+        };
         let mut step = Step::<Cpu, f32>::prepare(&Cpu, &case).expect("buffers");
         group.throughput(Throughput::Elements(4 * seq as u64));
         let mode = if train { "train" } else { "fwd" };

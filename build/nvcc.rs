@@ -86,7 +86,11 @@ impl Nvcc {
                 let mut command = Command::new(&self.program);
                 command.args(["-O3", "-std=c++17", "-fatbin"]);
                 let wanted = targets.iter().filter(|[arch, _]| !file.hopper || arch == HOPPER);
-                command.args(wanted.map(|[_, flag]| flag)).arg(format!("-DACT_{}", act.to_uppercase())).arg("-I").arg(kernels);
+                command
+                    .args(wanted.map(|[_, flag]| flag))
+                    .arg(format!("-DACT_{}", act.to_uppercase()))
+                    .arg("-I")
+                    .arg(kernels);
                 command.arg(&source).arg("-o").arg(&output);
                 let key =
                     digest([format!("{command:?}"), self.version.clone(), text.clone(), headers.to_string()]);

@@ -4,12 +4,16 @@
 //! the result and the smallest one is told beside it. The ceiling ([`peak`]) is measured in the same run, because a shared
 //! machine has no other honest one, and the share of it that other processes took is reported as `other_load`.
 
-pub mod attention;
+pub mod clock;
 pub mod compare;
+pub mod gpu_clocks;
 pub mod kernels;
+pub mod lengths;
 pub mod loader;
 pub mod pack;
 pub mod peak;
+pub mod random;
+pub mod refine;
 pub mod step;
 pub mod table;
 
@@ -38,6 +42,10 @@ impl Effort {
     pub fn kernels() -> Self {
         Effort { warm_up_s: 0.05, sample_s: 0.05, total_s: 0.25, samples: 3 }
     }
+    /// On a GPU: 20 samples of at least 2 ms.
+    pub fn on_gpu(warm_up_s: f64) -> Self {
+        Effort { warm_up_s, sample_s: 0.002, total_s: 0.0, samples: 20 }
+    }
     /// Does it run, and about how fast: no number to quote.
     pub fn quick() -> Self {
         Effort { warm_up_s: 0.0, sample_s: 0.0, total_s: 0.0, samples: 2 }
@@ -51,16 +59,28 @@ pub struct Timing {
     pub ms: Vec<f64>,
     /// Share of the machine that other processes used meanwhile, 0 to 1; 0 where it cannot be read.
     pub other_load: f64,
+    /// Calls of a sample.
+    pub calls_per_sample: usize,
+    /// Of a GPU, meanwhile.
+    pub clocks: Option<gpu_clocks::Clocks>,
 }
 
 impl Timing {
-    /// Median over the samples.
-    pub fn median_ms(&self) -> f64 {
-        self.ms[self.ms.len() / 2]
+    /// Of a device whose speed means nothing.
+    pub fn none() -> Self {
+        Timing { ms: Vec::new(), other_load: 0.0, calls_per_sample: 0, clocks: None }
     }
-    /// The fastest sample.
+    /// Median over the samples; NaN, which JSON writes as null, where nothing was timed.
+    pub fn median_ms(&self) -> f64 {
+        self.ms.get(self.ms.len() / 2).copied().unwrap_or(f64::NAN)
+    }
+    /// The fastest sample; NaN where nothing was timed.
     pub fn min_ms(&self) -> f64 {
-        self.ms[0]
+        self.ms.first().copied().unwrap_or(f64::NAN)
+    }
+    /// The slowest sample; NaN where nothing was timed.
+    pub fn max_ms(&self) -> f64 {
+        self.ms.last().copied().unwrap_or(f64::NAN)
     }
 }
 
@@ -72,9 +92,10 @@ pub fn time(effort: Effort, mut call: impl FnMut() -> Result<()>) -> Result<Timi
         call()?;
     }
     let (busy, own, start) = (busy_seconds(), own_seconds(), Instant::now());
-    let mut ms = Vec::new();
+    let (mut ms, mut calls) = (Vec::new(), 0);
     while ms.len() < effort.samples || start.elapsed().as_secs_f64() < effort.total_s {
-        let (sample, mut calls) = (Instant::now(), 0);
+        let sample = Instant::now();
+        calls = 0;
         while calls == 0 || sample.elapsed().as_secs_f64() < effort.sample_s {
             call()?;
             calls += 1;
@@ -85,7 +106,8 @@ pub fn time(effort: Effort, mut call: impl FnMut() -> Result<()>) -> Result<Timi
     let cores = std::thread::available_parallelism().map_or(1, usize::from) as f64;
     let others = (busy_seconds() - busy) - (own_seconds() - own);
     let other_load = (others / (start.elapsed().as_secs_f64() * cores)).clamp(0.0, 1.0);
-    Ok(Timing { ms, other_load })
+    let calls_per_sample = calls;
+    Ok(Timing { ms, other_load, calls_per_sample, clocks: None })
 }
 
 /// Clock ticks per second of /proc: fixed on Linux.

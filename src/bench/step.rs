@@ -4,8 +4,9 @@
 //! output; with `mlm`, 15 % of the tokens are masked and the loss is the masked-gene one. A training step is forward,
 //! backward and AdamW. FLOPs are those of [`flops`]: real tokens and Σ len², training three times forward.
 
+use super::clock::{self, Cache, Clock};
 use super::peak::Ceiling;
-use super::{Effort, round4, time};
+use super::{Effort, round4};
 use crate::device::{Act, Device};
 use crate::error::{Error, Result};
 use crate::model::config::Vocabulary;
@@ -31,6 +32,8 @@ pub struct StepCase {
     pub train: bool,
     /// Masked-gene head on 15 % of the tokens.
     pub mlm: bool,
+    /// Replay the step as a graph, where the device has them.
+    pub graph: bool,
     /// How long to measure.
     pub effort: Effort,
     /// Seed of weights and tokens.
@@ -196,7 +199,7 @@ impl<B: Backend<A>, A: Act> Step<B, A> {
 }
 
 /// Runs the case and reports it.
-pub fn run<B: Backend<A> + Ceiling, A: Act>(dev: &B, case: &StepCase) -> Result<Value> {
+pub fn run<B: Backend<A> + Ceiling + Clock, A: Act>(dev: &B, case: &StepCase) -> Result<Value> {
     if case.lengths.is_empty() || case.lengths.contains(&0) {
         return Err(
             Error::usage("no cells, or a cell without tokens, to time").wanted("lengths of at least 1")
@@ -206,14 +209,21 @@ pub fn run<B: Backend<A> + Ceiling, A: Act>(dev: &B, case: &StepCase) -> Result<
     step.run()?;
     step.check()?;
     let before = dev.peak(!A::IS_F32);
-    let timing = time(case.effort, || step.run())?;
+    let graph = match case.graph {
+        true => dev.time_graph(case.effort, &mut || step.run())?,
+        false => None,
+    };
+    let timing = match graph.clone() {
+        Some(timing) => timing,
+        None => dev.time(case.effort, Cache::AsLeft, &mut || step.run())?,
+    };
     let after = dev.peak(!A::IS_F32);
     step.check()?;
     let peak = if before > after { before } else { after };
     let (seconds, flop) = (timing.median_ms() / 1e3, step.flop());
     let rate = flop / seconds / 1e9;
     let tokens = step.work.tokens as f64;
-    Ok(json!({
+    let mut report = json!({
         "bench": "step",
         "preset": case.preset.name,
         "seq": case.lengths.iter().max(),
@@ -225,8 +235,8 @@ pub fn run<B: Backend<A> + Ceiling, A: Act>(dev: &B, case: &StepCase) -> Result<
         "threads": rayon::current_num_threads(),
         "ms_median": round4(timing.median_ms()),
         "ms_min": round4(timing.min_ms()),
-        "ms_max": round4(timing.ms[timing.ms.len() - 1]),
-        "runs": timing.ms.len(),
+        "ms_max": round4(timing.max_ms()),
+        "graph": graph.is_some(),
         "tokens_per_s": round4(tokens / seconds),
         "cells_per_s": round4(case.lengths.len() as f64 / seconds),
         "gflop": round4(flop / 1e9),
@@ -240,8 +250,14 @@ pub fn run<B: Backend<A> + Ceiling, A: Act>(dev: &B, case: &StepCase) -> Result<
         "activation_bytes": step.activation_bytes,
         "device_bytes": step.bytes,
         "other_load": round4(timing.other_load),
+        "lengths": case.lengths,
+        "conditions": dev.conditions(),
         "version": env!("CARGO_PKG_VERSION"),
-    }))
+    });
+    if let (Value::Object(report), Value::Object(more)) = (&mut report, clock::fields(&timing)) {
+        report.extend(more);
+    }
+    Ok(report)
 }
 
 #[cfg(test)]
@@ -255,7 +271,7 @@ mod tests {
         let preset = Preset { vocab: 300, ..Preset::named("tiny").unwrap() };
         for (train, mlm) in [(false, false), (false, true), (true, false), (true, true)] {
             let effort = Effort::quick();
-            let case = StepCase { preset, lengths: vec![9, 300], train, mlm, effort, seed: 1 };
+            let case = StepCase { preset, lengths: vec![9, 300], train, mlm, graph: false, effort, seed: 1 };
             assert_eq!(case.config().positions, 300);
             let (a, b) = (run::<Cpu, f32>(&Cpu, &case).unwrap(), run::<Cpu, bf16>(&Cpu, &case).unwrap());
             for report in [a, b] {

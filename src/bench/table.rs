@@ -86,6 +86,7 @@ pub fn run(case: &TableCase, mut note: impl FnMut(&str)) -> Result<Value> {
                 lengths: vec![*seq; case.batch],
                 train,
                 mlm: false,
+                graph: false,
                 effort: case.steps,
                 seed: case.seed,
             };
@@ -133,10 +134,13 @@ where
     let case = kernels::KernelCase {
         preset: case.preset,
         lengths: vec![case.seqs.first().copied().unwrap_or(512); case.batch],
+        sweep: kernels::Sweep::none(),
         effort: case.kernels,
         seed: case.seed,
+        trial: kernels::Trial::default(),
+        only: Vec::new(),
     };
-    let report = kernels::run::<Cpu, A>(dev, &case)?;
+    let report = kernels::run::<Cpu, A>(dev, &case, |_| ())?;
     Ok(report["kernels"].as_array().cloned().unwrap_or_default())
 }
 

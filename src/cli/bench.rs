@@ -3,7 +3,8 @@
 use super::training::TraceFlag;
 use super::{Global, Output};
 use crate::backend::Choice;
-use crate::bench::{Effort, compare, kernels, loader, step, table};
+use crate::bench::lengths::{self, LogNormal};
+use crate::bench::{Effort, compare, kernels, loader, refine, step, table};
 use crate::config::Precision;
 use crate::error::{Error, Result};
 use crate::model::Preset;
@@ -14,11 +15,12 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 /// Flags of `bench`.
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Clone, clap::Args)]
 #[command(after_help = "Examples:\n  \
     cellrefine bench cpu --threads 2 --h5ad cells.h5ad --json\n  \
     cellrefine bench step --preset gf-v1-10m --seq 2048 --batch 8 --mode train --threads 2 --json\n  \
     cellrefine bench kernels --preset gf-v1-10m --dtype bf16\n  \
+    cellrefine bench kernels --device cuda --dtype bf16 --corpus blood.cells --out new.json --compare old.json --fail-above 3%\n  \
     cellrefine bench loader --corpus pbmc.cells")]
 pub struct Flags {
     /// What to time: every op alone, a whole forward or training step, the loader, or all of it as one table (cpu).
@@ -30,13 +32,19 @@ pub struct Flags {
     /// Tokens per cell; the default is 512, or the preset's context where that is shorter.
     #[arg(long, value_name = "L", conflicts_with = "lengths")]
     seq: Option<usize>,
-    /// Tokens of each cell, from a file of whole numbers: real lengths in place of --seq and --batch.
-    #[arg(long, value_name = "FILE")]
-    lengths: Option<PathBuf>,
+    /// Tokens of each cell in place of --seq and --batch: a file of whole numbers, or a mixture of median and σ.
+    #[arg(long, value_name = "FILE|lognormal:M,S")]
+    lengths: Option<String>,
+    /// Tokens of a batch whose lengths are drawn (from a mixture or a corpus), and of each batch of --sweep.
+    #[arg(long, value_name = "N", default_value_t = 32_768)]
+    tokens: usize,
+    /// Ids of the vocabulary, in place of the preset's.
+    #[arg(long, value_name = "V")]
+    vocab: Option<usize>,
     /// Cells; for the loader, cells in a batch.
     #[arg(long, value_name = "B")]
     batch: Option<usize>,
-    /// Forward alone, or forward, backward and AdamW.
+    /// Forward alone; forward, backward and AdamW; or the whole of refine on a made-up corpus.
     #[arg(long, value_enum, default_value = "fwd")]
     mode: Mode,
     /// Activation type.
@@ -48,16 +56,35 @@ pub struct Flags {
     /// Seconds of samples of a step.
     #[arg(long, default_value_t = 8.0, value_name = "S")]
     seconds: f64,
-    /// cpu: one cell a step and two samples; seconds in place of minutes, and no number to quote.
+    /// kernels: also attention over cells of 200 to 4,096 tokens and the prototype loss from 256 × 100 to 8,192 × 100,000. The
+    /// default on a GPU where no lengths are named.
+    #[arg(long)]
+    sweep: bool,
+    /// kernels: only those whose name (and shape, where there are several) holds this; may be repeated.
+    #[arg(long, value_name = "TEXT")]
+    only: Vec<String>,
+    /// kernels: run each N times from the start and want the same bits.
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    repeat: usize,
+    /// kernels: a second device that has to agree.
+    #[arg(long, value_name = "DEVICE")]
+    against: Option<Choice>,
+    /// step: record the step as a graph and time its replays, where the device has graphs.
+    #[arg(long)]
+    graph: bool,
+    /// GPU: seconds of the same work before it is timed.
+    #[arg(long, value_name = "S", default_value_t = 2.0)]
+    warm_up: f64,
+    /// Two samples, one cell a step, tiny shapes for --sweep: seconds in place of minutes, and no number to quote.
     #[arg(long)]
     quick: bool,
     /// cpu: also pack this file.
     #[arg(long, value_name = "FILE.h5ad")]
     h5ad: Option<PathBuf>,
-    /// Loader: a corpus; without it a synthetic one is made.
+    /// Loader: a corpus; without it a synthetic one is made. kernels, step: draw the cells' lengths from it.
     #[arg(long, value_name = "X.cells")]
     corpus: Option<PathBuf>,
-    /// Loader: cells of the synthetic corpus.
+    /// Loader, --mode refine: cells of the synthetic corpus.
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
     cells: usize,
     /// Loader: input order in place of random order.
@@ -65,6 +92,9 @@ pub struct Flags {
     sequential: bool,
     #[command(flatten)]
     trace: TraceFlag,
+    /// Also write the report here, before anything in it is judged.
+    #[arg(long, value_name = "FILE.json")]
+    out: Option<PathBuf>,
     /// An earlier report (the --json of the same command) to compare with.
     #[arg(long, value_name = "OLD.json")]
     compare: Option<PathBuf>,
@@ -84,6 +114,7 @@ enum What {
 enum Mode {
     Fwd,
     Train,
+    Refine,
 }
 #[derive(Debug, Clone, Copy, PartialEq, clap::ValueEnum)]
 enum Head {
@@ -105,7 +136,12 @@ pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
     if flags.trace.is_set() && flags.what != What::Step {
         return Err(Error::usage("--trace is for bench step"));
     }
-    let preset = Preset::named(&flags.preset)?;
+    let mut preset = Preset::named(&flags.preset)?;
+    preset.vocab = flags.vocab.unwrap_or(preset.vocab);
+    if preset.vocab < 3 {
+        return Err(Error::usage("--vocab is at least 3").found(preset.vocab));
+    }
+    let gpu = matches!(global.device, Choice::Cuda(_));
     let mut json = match flags.what {
         What::Cpu => {
             if !matches!(global.device, Choice::Auto | Choice::Cpu) {
@@ -130,13 +166,37 @@ pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
             };
             loader::run(&case)?
         }
+        What::Step if flags.mode == Mode::Refine => {
+            let batch = flags.batch.unwrap_or(if flags.quick { 4 } else { 32 });
+            refine::run(&refine::RefineCase {
+                preset,
+                device: global.device,
+                precision: flags.dtype,
+                // Of the mixture, unless a length or a file is named; --batch is the cells of a step here.
+                lengths: match names_lengths(&Flags { batch: None, ..flags.clone() }) {
+                    true => lengths(flags, &preset, gpu, seed)?,
+                    false => LogNormal::of(&preset).draw(flags.tokens.max(1), preset.positions, seed),
+                },
+                cells: if flags.cells > 0 { flags.cells } else { (24 * batch).max(64) },
+                types: if flags.quick { 2 } else { 12 },
+                batch,
+                log_every: if flags.quick { 1 } else { 5 },
+                records: if flags.quick { 1 } else { 10 },
+                seed,
+            })?
+        }
         What::Step => {
             let case = step::StepCase {
                 preset,
-                lengths: lengths(flags)?,
+                lengths: lengths(flags, &preset, gpu, seed)?,
                 train: flags.mode == Mode::Train,
                 mlm: flags.head == Head::Mlm,
-                effort: Effort::steps(flags.seconds),
+                graph: flags.graph,
+                effort: match (flags.quick, gpu) {
+                    (true, _) => Effort::quick(),
+                    (_, true) => Effort { total_s: flags.seconds, ..Effort::on_gpu(flags.warm_up) },
+                    _ => Effort::steps(flags.seconds),
+                },
                 seed,
             };
             let trace = flags.trace.start()?;
@@ -145,13 +205,33 @@ pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
             json
         }
         What::Kernels => {
-            let effort = Effort::kernels();
-            let case = kernels::KernelCase { preset, lengths: lengths(flags)?, effort, seed };
-            on_backend!(global.device, flags.dtype, |dev: B, A| kernels::run::<B, A>(dev, &case)?)
+            let case = kernels::KernelCase {
+                preset,
+                lengths: lengths(flags, &preset, gpu, seed)?,
+                sweep: sweep(flags, &preset, gpu),
+                effort: match (flags.quick, gpu) {
+                    (true, _) => Effort::quick(),
+                    (_, true) => Effort::on_gpu(flags.warm_up),
+                    _ => Effort::kernels(),
+                },
+                seed,
+                trial: kernels::Trial { repeats: flags.repeat, against: flags.against },
+                only: flags.only.clone(),
+            };
+            on_backend!(global.device, flags.dtype, |dev: B, A| {
+                kernels::run::<B, A>(dev, &case, |what| global.note(what))?
+            })
         }
     };
+    write(&json, flags.out.as_deref())?;
+    let wrong = kernels::wrong(&json);
+    if !wrong.is_empty() {
+        return Err(Error::numerical("a kernel's result is wrong").found(wrong.join("; ")));
+    }
     if let Some(old) = &flags.compare {
-        compare::compare(&mut json, old, flags.fail_above)?;
+        let compared = compare::compare(&mut json, old, flags.fail_above);
+        write(&json, flags.out.as_deref())?;
+        compared?;
     }
     let text = match flags.what {
         What::Cpu => table::to_markdown(&json),
@@ -160,38 +240,46 @@ pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
     Ok(Output { text, json })
 }
 
-/// The cells of a step.
-fn lengths(flags: &Flags) -> Result<Vec<usize>> {
-    match &flags.lengths {
-        Some(file) => read_lengths(file),
-        None => {
-            let seq = match flags.seq {
-                Some(seq) => seq,
-                None => Preset::named(&flags.preset)?.positions.min(512),
-            };
-            let batch = flags.batch.unwrap_or(8);
-            if seq == 0 || batch == 0 {
-                return Err(Error::usage("--seq and --batch are at least 1").found(format!("{seq}, {batch}")));
-            }
-            Ok(vec![seq; batch])
-        }
-    }
+/// The report, where it is asked for.
+fn write(json: &Value, out: Option<&Path>) -> Result<()> {
+    let Some(out) = out else { return Ok(()) };
+    std::fs::write(out, format!("{json:#}\n")).map_err(|e| Error::io(out, "write the report", &e))
 }
 
-/// Whole numbers separated by spaces, commas or line breaks.
-fn read_lengths(file: &Path) -> Result<Vec<usize>> {
-    let text = std::fs::read_to_string(file).map_err(|e| Error::io(file, "read the lengths", &e))?;
-    let lengths = text
-        .split(|c: char| c == ',' || c.is_whitespace())
-        .filter(|word| !word.is_empty())
-        .map(|word| match word.parse::<usize>() {
-            Ok(len) if (1..=65_536).contains(&len) => Ok(len),
-            _ => Err(Error::input("not a length").at(file.display()).found(word).wanted("1 to 65,536")),
-        })
-        .collect::<Result<Vec<_>>>()?;
-    match lengths.is_empty() {
-        true => Err(Error::input("no lengths").at(file.display()).wanted("a whole number per cell")),
-        false => Ok(lengths),
+/// Are any lengths named?
+fn names_lengths(flags: &Flags) -> bool {
+    flags.lengths.is_some() || flags.corpus.is_some() || flags.seq.is_some() || flags.batch.is_some()
+}
+
+/// The cells of a batch. Kernels on a GPU take the preset's mixture where nothing else is said.
+fn lengths(flags: &Flags, preset: &Preset, gpu: bool, seed: u64) -> Result<Vec<usize>> {
+    let (tokens, context) = (flags.tokens.max(1), preset.positions);
+    if let Some(named) = &flags.lengths {
+        return match named.strip_prefix("lognormal:") {
+            Some(mixture) => Ok(LogNormal::parse(mixture)?.draw(tokens, context, seed)),
+            None => lengths::read(Path::new(named)),
+        };
+    }
+    if let Some(corpus) = &flags.corpus {
+        return lengths::of_corpus(corpus, tokens, context, seed);
+    }
+    if gpu && flags.what == What::Kernels && !names_lengths(flags) {
+        return Ok(LogNormal::of(preset).draw(tokens, context, seed));
+    }
+    let seq = flags.seq.unwrap_or(context.min(512));
+    let batch = flags.batch.unwrap_or(if flags.quick { 1 } else { 8 });
+    if seq == 0 || batch == 0 {
+        return Err(Error::usage("--seq and --batch are at least 1").found(format!("{seq}, {batch}")));
+    }
+    Ok(vec![seq; batch])
+}
+
+/// The shapes besides.
+fn sweep(flags: &Flags, preset: &Preset, gpu: bool) -> kernels::Sweep {
+    match flags.sweep || (gpu && !names_lengths(flags)) {
+        false => kernels::Sweep::none(),
+        true if flags.quick => kernels::Sweep::tiny(),
+        true => kernels::Sweep::full(flags.tokens.max(1), preset.positions, preset.width),
     }
 }
 
@@ -241,17 +329,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn shares_and_lengths() {
+    fn shares() {
         assert_eq!(share("3%"), Ok(0.03));
         assert_eq!(share("0.5"), Ok(0.5));
         assert!(share("much").is_err() && share("-1").is_err());
-        let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("lengths.txt");
-        std::fs::write(&file, "900, 1200\n64").unwrap();
-        assert_eq!(read_lengths(&file).unwrap(), [900, 1200, 64]);
-        std::fs::write(&file, "900 none").unwrap();
-        assert_eq!(read_lengths(&file).unwrap_err().kind().exit_code(), 3);
-        std::fs::write(&file, "").unwrap();
-        assert!(read_lengths(&file).is_err());
     }
 }

@@ -67,7 +67,7 @@ impl ResumeFlag {
 }
 
 /// `--trace FILE`.
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Clone, clap::Args)]
 pub struct TraceFlag {
     /// Write where the time goes, phase by phase and op by op, as a Chrome trace: open it in ui.perfetto.dev.
     #[arg(long = "trace", value_name = "FILE.json")]

@@ -397,7 +397,8 @@ impl Emulated {
     ) -> Result<()> {
         // An argument of eight bytes that is an address within a buffer is taken for a pointer.
         // A tensor map starts with the address of its matrix.
-        let words = arguments.iter().zip(sizes).filter(|(_, size)| [8, size_of::<TensorMap>()].contains(size));
+        let words =
+            arguments.iter().zip(sizes).filter(|(_, size)| [8, size_of::<TensorMap>()].contains(size));
         // SAFETY: eight bytes at least, by the caller's word.
         let words: Vec<u64> = words.map(|(word, _)| unsafe { word.cast::<u64>().read_unaligned() }).collect();
         self.work_on(&words)?;

@@ -5,6 +5,7 @@
 //! beside it: the legacy default stream cannot be captured. Uploads pass through page-locked memory, so that the host never waits
 //! for one. Not yet confirmed on a GPU.
 
+mod moments;
 mod queues;
 
 use super::cublas::Products;
@@ -364,20 +365,10 @@ impl Gpu {
         }
         let [blocks, threads] = [grid.blocks, grid.threads].map(|[x, y, z]| (x, y, z));
         let mut arguments = arguments.to_vec();
-        let launch =
-            if grid.cooperative { result::launch_cooperative_kernel } else { result::launch_kernel };
+        let launch = if grid.cooperative { result::launch_cooperative_kernel } else { result::launch_kernel };
         // SAFETY: the arguments are the kernel's, by the caller's word; the driver copies their values before it returns.
-        unsafe {
-            launch(
-                function.handle,
-                blocks,
-                threads,
-                grid.shared_bytes,
-                self.stream,
-                &mut arguments,
-            )
-        }
-        .map_err(|e| place(failure("launching a kernel", e)))
+        unsafe { launch(function.handle, blocks, threads, grid.shared_bytes, self.stream, &mut arguments) }
+            .map_err(|e| place(failure("launching a kernel", e)))
     }
 }
 

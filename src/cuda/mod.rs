@@ -22,6 +22,7 @@ mod host_memory;
 mod layernorm;
 mod linear;
 mod mask_tokens;
+mod moment;
 mod normalize;
 mod pinned;
 mod pool;
@@ -42,6 +43,7 @@ pub use driver::{Driver, Event, Grid, Traffic, traffic};
 #[cfg(emulator)]
 pub use emulated::{Arch, Schedule};
 pub use functions::Dropout as DropoutArgument;
+pub use moment::{Facts, Moment};
 
 use crate::device::{Act, Device, Dropout, Element, Later, Len, Queue, StepSizes};
 use crate::error::Result;

@@ -28,7 +28,7 @@ macro_rules! on_every_backend {
     };
 }
 
-/// The same for the kernels of the CUDA backend in the emulator, in its three schedules; for an op whose kernel exists.
+/// The same for the kernels of the CUDA backend: in the emulator, in its three schedules, and on a GPU ([`on_gpu`]).
 #[cfg(emulator)]
 macro_rules! on_emulated {
     (@ $schedule:ident, $act:ty: $($body:ident),*) => {
@@ -38,6 +38,7 @@ macro_rules! on_emulated {
         $(#[test] fn $body() { super::$body(&crate::emulated(cellrefine::cuda::Schedule::$schedule)); })*
     };
     (A: $($body:ident),* $(,)?) => {
+        on_gpu!(A: $($body),*);
         mod emulated_late_f32 { on_emulated!(@ Late, f32: $($body),*); }
         mod emulated_late_bf16 { on_emulated!(@ Late, half::bf16: $($body),*); }
         mod emulated_reversed_f32 { on_emulated!(@ Reversed, f32: $($body),*); }
@@ -46,6 +47,7 @@ macro_rules! on_emulated {
         mod emulated_eager_bf16 { on_emulated!(@ Eager, half::bf16: $($body),*); }
     };
     ($($body:ident),* $(,)?) => {
+        on_gpu!($($body),*);
         mod emulated_late { on_emulated!(@ Late: $($body),*); }
         mod emulated_reversed { on_emulated!(@ Reversed: $($body),*); }
         mod emulated_eager { on_emulated!(@ Eager: $($body),*); }
@@ -87,7 +89,25 @@ macro_rules! mutants {
 }
 #[cfg(not(emulator))]
 macro_rules! on_emulated {
-    ($($ignored:tt)*) => {};
+    ($($all:tt)*) => { on_gpu!($($all)*); };
+}
+
+/// The same bodies on a GPU: ignored unless asked for. `CELLREFINE_TEST_GPU=0 cargo test --release --test ops gpu -- --ignored`
+/// runs them on GPU 0, `CELLREFINE_TEST_GPU=emulated` shows without one that they run at all.
+macro_rules! on_gpu {
+    (A: $($body:ident),* $(,)?) => {
+        mod gpu_f32 {
+            $(#[test] #[ignore = "needs a GPU"] fn $body() { super::$body::<_, f32>(crate::gpu()); })*
+        }
+        mod gpu_bf16 {
+            $(#[test] #[ignore = "needs a GPU"] fn $body() { super::$body::<_, half::bf16>(crate::gpu()); })*
+        }
+    };
+    ($($body:ident),* $(,)?) => {
+        mod gpu {
+            $(#[test] #[ignore = "needs a GPU"] fn $body() { super::$body(crate::gpu()); })*
+        }
+    };
 }
 #[cfg(not(emulator))]
 macro_rules! on_hopper {
@@ -117,6 +137,20 @@ fn emulated(schedule: Schedule) -> Cuda {
 #[cfg(emulator)]
 fn hopper(schedule: Schedule) -> Cuda {
     Cuda::emulated_gpu(schedule, Arch::Sm90).expect("the emulator opens")
+}
+
+/// The GPU that CELLREFINE_TEST_GPU names, opened once.
+fn gpu() -> &'static cellrefine::cuda::Cuda {
+    static GPU: std::sync::OnceLock<cellrefine::cuda::Cuda> = std::sync::OnceLock::new();
+    GPU.get_or_init(|| {
+        let name = std::env::var("CELLREFINE_TEST_GPU").unwrap_or("0".into());
+        #[cfg(emulator)]
+        if name == "emulated" {
+            return cellrefine::cuda::Cuda::emulated().expect("the emulator opens");
+        }
+        let ordinal = name.parse().expect("CELLREFINE_TEST_GPU is a GPU's number, or `emulated`");
+        cellrefine::cuda::Cuda::open(ordinal).expect("the GPU opens")
+    })
 }
 
 /// Activations that can be poisoned and guarded.

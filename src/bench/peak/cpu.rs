@@ -3,21 +3,10 @@
 //! Twelve independent accumulators hide the latency of the multiply-add (4 cycles, 2 a cycle, and some spare); nothing touches
 //! memory, so the result is what the arithmetic units can do at the clock they run at today.
 
-use crate::cpu::Cpu;
-use crate::cuda::Cuda;
-use crate::device::Device;
+use super::Peak;
 use rayon::prelude::*;
 use std::hint::black_box;
 use std::time::Instant;
-
-/// A measured ceiling; the larger of two tells more.
-#[derive(Debug, Clone, PartialEq, PartialOrd)]
-pub struct Peak {
-    /// 10⁹ floating-point operations a second, all threads together.
-    pub gflop_per_s: f64,
-    /// How it was measured.
-    pub source: String,
-}
 
 const ACCUMULATORS: usize = 12;
 
@@ -43,36 +32,9 @@ fn best_loop(bf16: bool) -> Loop {
     (portable, (2 * 8 * ACCUMULATORS) as f64, "loop of f32 multiply-add as compiled for this target")
 }
 
-/// A device that knows its ceilings: what training and `bench` hold their speed against. The one place that measures them.
-pub trait Ceiling: Device {
-    /// Arithmetic peak for f32, or for products of bf16, as it is now; `None` where the device has none worth the name.
-    fn peak(&self, bf16: bool) -> Option<Peak>;
-    /// 10⁹ bytes a second of copying in this device's memory, reads and writes both counted.
-    fn copy_gb_per_s(&self) -> Option<f64>;
-}
-
-impl Ceiling for Cpu {
-    fn peak(&self, bf16: bool) -> Option<Peak> {
-        Some(measure(bf16))
-    }
-    fn copy_gb_per_s(&self) -> Option<f64> {
-        Some(copy_gb_per_s())
-    }
-}
-
-/// None: the emulator's speed means nothing, and no loop measures a GPU's ceilings yet.
-impl Ceiling for Cuda {
-    fn peak(&self, _bf16: bool) -> Option<Peak> {
-        None
-    }
-    fn copy_gb_per_s(&self) -> Option<f64> {
-        None
-    }
-}
-
 /// Peak of the worker threads together: the best of a few tries of about 20 ms, long against a clock tick and short against the
 /// start of a run, which waits for it.
-fn measure(bf16: bool) -> Peak {
+pub(super) fn measure(bf16: bool) -> Peak {
     let (run, flop, source) = best_loop(bf16);
     let threads = rayon::current_num_threads();
     let once = |rounds: u64| {
@@ -91,7 +53,7 @@ fn measure(bf16: bool) -> Peak {
 }
 
 /// 10⁹ bytes a second of copying between arrays too large for any cache, reads and writes both counted.
-fn copy_gb_per_s() -> f64 {
+pub(super) fn copy_gb_per_s() -> f64 {
     const FLOATS: usize = 16 << 20;
     let from = vec![1.0f32; FLOATS];
     let mut to = vec![0.0f32; FLOATS];
