@@ -3,9 +3,9 @@
 //! A corpus of typed cells is made up, whose lengths are those of the batch in random order; an encoder of the preset is started
 //! by one step of pretraining, and refined. The result is the median over logged steps, the first left out.
 
-use super::peak::Peak;
+use super::peak::Ceiling;
 use super::round4;
-use crate::backend::Choice;
+use crate::backend::{Choice, Open};
 use crate::config::{Precision, Sources};
 use crate::corpus::{CellRecord, CorpusOptions, CorpusWriter, ObsKind, ObsSpec, ObsValue, VocabIdentity};
 use crate::device::{Act, Device};
@@ -143,15 +143,10 @@ fn report(case: &RefineCase, records: &[StepRecord]) -> Result<Value> {
         all.sort_by(f64::total_cmp);
         timed.then(|| round4(all[all.len() / 2]))
     };
-    let peak: Option<Peak> = match case.device.open()? {
-        crate::backend::Open::Cpu(_) => None,
-        crate::backend::Open::Cuda(dev) => {
-            super::peak::Ceiling::peak(&dev, case.precision == Precision::Bf16)
-        }
-    };
-    let device = match case.device.open()? {
-        crate::backend::Open::Cpu(dev) => dev.name(),
-        crate::backend::Open::Cuda(dev) => dev.name(),
+    let bf16_products = case.precision == Precision::Bf16;
+    let (device, peak) = match case.device.open()? {
+        Open::Cpu(dev) => (dev.name(), dev.peak(bf16_products)),
+        Open::Cuda(dev) => (dev.name(), dev.peak(bf16_products)),
     };
     let fastest = |r: &StepRecord| r.dt_ms;
     Ok(json!({
