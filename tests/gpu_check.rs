@@ -87,7 +87,7 @@ fn a_dry_run_yields_every_check_and_every_ratio() {
         );
     }
     let markdown = std::fs::read_to_string(folder.path().join("gpu-dry-run.md")).unwrap();
-    assert_eq!(markdown.matches("not yet measured on a GPU").count(), 16);
+    assert_eq!(markdown.matches("not yet measured on a GPU").count(), 20);
 }
 
 /// A program that answers wrongly fails the checks, and the flow goes on to its end and says so.

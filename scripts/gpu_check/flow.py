@@ -127,7 +127,7 @@ class Flow:
         """Rows of tiny kernels that are right, and as `flags` want them; in both types."""
         said, ok = [], True
         for dtype in ("f32", "bf16"):
-            report, code, err = self.bench(60, "kernels", "--preset", "tiny", "--vocab", 300, "--quick", "--dtype", dtype, *flags)
+            report, code, err = self.bench(60, "kernels", "--preset", "tiny", "--vocab", 300, "--quick", "--untimed", "--dtype", dtype, *flags)
             rows = (report or {}).get("kernels", [])
             wrong = [f"{r['name']} {r['shape']}: {r['why']}" for r in rows if not r["ok"]]
             ok = ok and code == 0 and bool(rows) and not wrong
@@ -144,7 +144,7 @@ class Flow:
             return self.check(name, None, "a dry run has no GPU" if self.a.dry_run else "compute-sanitizer is not there")
         command = [found, "--tool", tool, "--error-exitcode", "9", "--print-limit", "5", self.a.program, "bench", "kernels", "--device",
                    self.device, "--dtype", "bf16", "--preset", "tiny", "--vocab", "300", "--quick", "--sweep", "--lengths", "lognormal:40,0.5",
-                   "--tokens", "120", "--warm-up", "0"]
+                   "--tokens", "120", "--untimed"]
         code, out, err = self.run(command, 40)
         lines = [line for line in (out + err).splitlines() if line.startswith("=========")]
         self.check(name, code == 0, " ".join(lines[-4:]) or err[-300:])

@@ -34,6 +34,37 @@ STEPS = [("gf-v1-10m", 0.40, 0.50), ("gf-v2-104m", 0.50, 0.60), ("gf-v2-316m", 0
 MOVERS = ("layernorm", "embed", "pool", "adamw")
 
 
+
+def rate(name, shape, field="tflop_per_s"):
+    """A number of the V2 row of `name` whose shape holds `shape`."""
+    def of(report):
+        rows = [k for k in report["kernels"] if k["name"] == name and shape in k["shape"] and k.get("preset") == "gf-v2-104m"]
+        return rows[0][field] if rows else None
+
+    return of
+
+
+def tax(report):
+    """How much slower a FLOP is on real lengths than on cells of 2,048 tokens, whose Σ len² ÷ Σ len is nearest, in percent."""
+    real, equal = (rate("gene_attention_forward", shape)(report) for shape in (" up to ", " of 2048, dense"))
+    return None if not real or not equal else 100 * (1 - real / equal)
+
+
+def small_loss(report):
+    """Both passes at 256 × 100 from a graph, microseconds."""
+    passes = [rate(f"prototype_loss_{d}", "256x100x256", "graph_ms")(report) for d in ("forward", "backward")]
+    return None if None in passes else 1e3 * sum(passes)
+
+
+# (what, of the report, goal, stretch, is more better?, unit)
+ABSOLUTES = [
+    ("attention forward, cells of 2,048, 12 × 64", rate("gene_attention_forward", " of 2048, dense"), 460, 550, True, "TFLOP/s"),
+    ("attention backward, cells of 2,048, 12 × 64", rate("gene_attention_backward", " of 2048, dense"), 430, 510, True, "TFLOP/s"),
+    ("variable-length tax, forward", tax, 3, 1, False, "%"),
+    ("prototype loss, 256 × 100, both passes in a graph", small_loss, 10, 6, False, "µs"),
+]
+
+
 def times(value):
     return f"{value:g}×"
 
@@ -57,6 +88,12 @@ def markdown(report):
         else:
             said, shapes = NOT_YET, "; ".join(dict.fromkeys(r["skipped"] for r in mine if r.get("skipped"))) if report else ""
         lines.append(f"| {what} | ≥ {times(goal)} | {times(stretch) if stretch else '–'} | {said} | {shapes or '–'} |")
+    lines += ["", "| number | goal | stretch | measured |", "|---|---|---|---|"]
+    for what, of, goal, stretch, more, unit in ABSOLUTES:
+        value, sign = of(report) if report else None, "≥" if more else "≤"
+        met = value is not None and (value >= goal if more else value <= goal)
+        said = NOT_YET if value is None else f"**{value:.3g} {unit}**" + ("" if met else ", missed")
+        lines.append(f"| {what} | {sign} {goal} {unit} | {stretch} | {said} |")
     lines += ["", "| training step, bf16, share of the measured matmul rate | goal | stretch | measured | ms |", "|---|---|---|---|---|"]
     steps = {s.get("preset"): s for s in (report or {}).get("steps", []) if s.get("mode") == "train"}
     for preset, goal, stretch in STEPS:

@@ -55,7 +55,7 @@ class Schema(unittest.TestCase):
 class Table(unittest.TestCase):
     def test_without_a_report_every_row_says_so(self):
         rows = [line for line in table.markdown(None).splitlines() if line.startswith("| ") and "goal" not in line]
-        self.assertEqual(len(rows), len(table.GOALS) + len(table.STEPS) + len(table.MOVERS))
+        self.assertEqual(len(rows), len(table.GOALS) + len(table.ABSOLUTES) + len(table.STEPS) + len(table.MOVERS))
         self.assertTrue(all(table.NOT_YET in row for row in rows))
 
     def test_every_ratio_of_the_schema_has_a_goal(self):
@@ -74,6 +74,22 @@ class Table(unittest.TestCase):
         self.assertTrue(any("gf-v1-10m" in line and "**41.0 %**" in line and "missed" not in line for line in lines))
         self.assertTrue(any(line.startswith("| adamw | ≥ 85 % | 93 to 93 %") for line in lines))
         self.assertTrue(any(line.startswith("| adamw | 100 | 0.5 | 0 | 4000 | 93 %") for line in lines))
+
+    def test_absolute_numbers_come_from_the_rows_of_v2(self):
+        r = report()
+        row = lambda name, shape, tflop, graph=None, preset="gf-v2-104m": {
+            "name": name, "shape": shape, "ms_median": 1.0, "gb_per_s": 1.0, "tflop_per_s": tflop, "fraction_of_peak": 0.5, "graph_ms": graph, "preset": preset}
+        r["kernels"] += [
+            row("gene_attention_forward", "1 tokens, 16 cells of 2048, dense, 12x64", 400, preset="gf-v1-10m"),
+            row("gene_attention_forward", "1 tokens, 16 cells of 2048, dense, 12x64", 500),
+            row("gene_attention_forward", "1 tokens, 21 cells up to 4096, dense, 12x64", 490),
+            row("prototype_loss_forward", "256x100x256", 1, 0.004), row("prototype_loss_backward", "256x100x256", 1, 0.009),
+        ]
+        text = table.markdown(r)
+        self.assertIn("≥ 460 TFLOP/s | 550 | **500 TFLOP/s** |", text)
+        self.assertIn("≤ 3 % | 1 | **2 %** |", text)
+        self.assertIn("**13 µs**, missed", text)
+        self.assertIn("≥ 430 TFLOP/s | 510 | not yet measured on a GPU |", text)
 
     def test_the_newest_measurement_counts_and_a_dry_run_does_not(self):
         import json

@@ -69,6 +69,9 @@ pub struct Flags {
     /// kernels: a second device that has to agree.
     #[arg(long, value_name = "DEVICE")]
     against: Option<Choice>,
+    /// kernels: check results alone: no ceilings, no times.
+    #[arg(long)]
+    untimed: bool,
     /// step: record the step as a graph and time its replays, where the device has graphs.
     #[arg(long)]
     graph: bool,
@@ -215,6 +218,7 @@ pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
                     _ => Effort::kernels(),
                 },
                 seed,
+                timed: !flags.untimed,
                 trial: kernels::Trial { repeats: flags.repeat, against: flags.against },
                 only: flags.only.clone(),
             };

@@ -27,6 +27,7 @@ use crate::model::config::Preset;
 use crate::ops::Backend;
 pub use check::Trial;
 use serde_json::{Value, json};
+use std::time::Instant;
 pub use sweep::Sweep;
 
 /// What to time.
@@ -42,6 +43,8 @@ pub struct KernelCase {
     pub effort: Effort,
     /// Seed of the inputs.
     pub seed: u64,
+    /// Measure ceilings and times; otherwise results are checked alone.
+    pub timed: bool,
     /// How often each runs for its bits, and beside which device.
     pub trial: Trial,
     /// Only kernels whose label holds one of these; all where there are none.
@@ -121,6 +124,18 @@ struct Ceilings {
     copy: Option<f64>,
 }
 
+impl Ceilings {
+    /// The product runs until the clocks have settled.
+    fn measure<B: Ceiling>(dev: &B, effort: Effort, bf16: bool) -> Self {
+        let start = Instant::now();
+        let mut peak = dev.peak(bf16);
+        while peak.is_some() && start.elapsed().as_secs_f64() < effort.warm_up_s {
+            peak = dev.peak(bf16);
+        }
+        Ceilings { peak, copy: dev.copy_gb_per_s() }
+    }
+}
+
 /// Checks and times every op of the network's body and of its heads. `note` hears what comes next.
 ///
 /// # Errors
@@ -136,7 +151,10 @@ pub fn run<B: Backend<A> + Ceiling + Clock, A: Act>(
         );
     }
     note("ceilings");
-    let ceilings = Ceilings { peak: dev.peak(!A::IS_F32), copy: dev.copy_gb_per_s() };
+    let ceilings = match case.timed {
+        true => Ceilings::measure(dev, case.effort, !A::IS_F32),
+        false => Ceilings { peak: None, copy: None },
+    };
     let (mut rows, mut last) = (Vec::new(), String::new());
     for (i, make) in all::<B, A>(case).iter().enumerate() {
         let mut kernel = (make.make)(dev)?;
@@ -147,7 +165,7 @@ pub fn run<B: Backend<A> + Ceiling + Clock, A: Act>(
         }
         let verdict = case.trial.judge::<B, A>(dev, case, i, kernel.as_mut())?;
         let mut row = json!({"name": about.name, "shape": about.shape, "dtype": about.act});
-        if verdict["ok"] == true {
+        if case.timed && verdict["ok"] == true {
             add(&mut row, time(dev, case.effort, &about, kernel.as_mut(), &ceilings)?);
         } else {
             add(

@@ -11,6 +11,7 @@ fn case(sweep: Sweep, trial: Trial) -> KernelCase {
         sweep,
         effort: Effort::quick(),
         seed: 3,
+        timed: true,
         trial,
         only: Vec::new(),
     }
