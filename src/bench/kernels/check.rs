@@ -64,7 +64,7 @@ impl Trial {
             let (error, place) = farthest(&got, &other)?;
             verdict["against"] = json!(choice.to_string());
             verdict["against_err"] = json!(error);
-            if !(error <= bound) {
+            if !within(error, bound) {
                 why = Some(format!("{choice} differs by {error:.2e} of the largest at {place}"));
             }
         }
@@ -72,6 +72,11 @@ impl Trial {
         verdict["why"] = json!(why);
         Ok(verdict)
     }
+}
+
+/// Not where the error is NaN.
+fn within(error: f64, limit: f64) -> bool {
+    error <= limit
 }
 
 fn bound(act: &str) -> f64 {
@@ -100,11 +105,11 @@ fn held(got: &Outputs, expected: &[Expected], bound: f64) -> (f64, Option<String
         let largest = e.elements.iter().fold(1e-30f64, |m, (_, value)| m.max(value.abs()));
         for (i, value) in &e.elements {
             let error = (got[e.output].1[*i] - value).abs() / largest;
-            // Not `max`, which would pass over a NaN of the oracle.
-            if !(error <= worst) {
+            // `max` would pass over a NaN of the oracle.
+            if !within(error, worst) {
                 worst = error;
             }
-            if !(error <= bound) && why.is_none() {
+            if !within(error, bound) && why.is_none() {
                 let found = got[e.output].1[*i];
                 why = Some(format!("{}: element {i} is {found:e}, f64 says {value:e}", e.what));
             }
@@ -131,7 +136,7 @@ fn farthest(a: &Outputs, b: &Outputs) -> Result<(f64, String)> {
         let largest = a.iter().fold(1e-30f64, |m, x| m.max(x.abs()));
         for (i, (a, b)) in a.iter().zip(b).enumerate() {
             let error = (a - b).abs() / largest;
-            if !(error <= worst) {
+            if !within(error, worst) {
                 (worst, place) = (error, format!("{name}, element {i}"));
             }
         }

@@ -185,8 +185,8 @@ impl<B: PrototypeLoss<A>, A: Act> Loss<B, A> {
         let labels = spread(rows, CHECKED).into_iter().map(|i| self.host_label[i] as usize);
         for k in labels.chain([columns - 1]) {
             let (mut sum, mut bias) = (vec![0.0; width], 0.0);
-            for i in 0..rows {
-                let p = (self.logit(i, k) - f64::from(lse[i])).exp();
+            for (i, lse) in lse.iter().enumerate() {
+                let p = (self.logit(i, k) - f64::from(*lse)).exp();
                 let slope = (p - f64::from(u8::from(self.host_label[i] as usize == k))) / rows as f64;
                 bias += slope;
                 for (s, z) in sum.iter_mut().zip(&self.host_z[i * width..]) {

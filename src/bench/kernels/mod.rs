@@ -91,12 +91,15 @@ pub trait Kernel {
     fn expected(&self) -> Result<Vec<Expected>>;
 }
 
+/// Makes a kernel on a device.
+type Maker<B> = Box<dyn Fn(&B) -> Result<Box<dyn Kernel>>>;
+
 /// A kernel to be made.
 struct Make<B> {
     /// Its name, and a shape where it has several: what [`KernelCase::only`] picks by.
     label: String,
-    /// Makes it on a device, the same every time.
-    make: Box<dyn Fn(&B) -> Result<Box<dyn Kernel>>>,
+    /// The same every time.
+    make: Maker<B>,
 }
 
 impl<B> Make<B> {
