@@ -122,7 +122,7 @@ extern "C" __global__ void __launch_bounds__(128) gene_attention_forward_32(
     act_t* o,                          // (N, D)
     float* lse,                        // (N, H)
     AttentionShape shape, Dropout dropout) {
-  forward<32>(qkv, Batch{cell_start, order, globals, shape, dropout}, o, lse);
+  forward<32>(qkv, Batch{cell_start, order, globals, shape, dropout, (int)blockIdx.y}, o, lse);
 }
 extern "C" __global__ void __launch_bounds__(128) gene_attention_forward_64(
     const act_t* qkv,                  // (N, 3·D)
@@ -132,7 +132,7 @@ extern "C" __global__ void __launch_bounds__(128) gene_attention_forward_64(
     act_t* o,                          // (N, D)
     float* lse,                        // (N, H)
     AttentionShape shape, Dropout dropout) {
-  forward<64>(qkv, Batch{cell_start, order, globals, shape, dropout}, o, lse);
+  forward<64>(qkv, Batch{cell_start, order, globals, shape, dropout, (int)blockIdx.y}, o, lse);
 }
 extern "C" __global__ void __launch_bounds__(128) gene_attention_forward_128(
     const act_t* qkv,                  // (N, 3·D)
@@ -142,5 +142,5 @@ extern "C" __global__ void __launch_bounds__(128) gene_attention_forward_128(
     act_t* o,                          // (N, D)
     float* lse,                        // (N, H)
     AttentionShape shape, Dropout dropout) {
-  forward<128>(qkv, Batch{cell_start, order, globals, shape, dropout}, o, lse);
+  forward<128>(qkv, Batch{cell_start, order, globals, shape, dropout, (int)blockIdx.y}, o, lse);
 }

@@ -209,7 +209,7 @@ extern "C" __global__ void __launch_bounds__(128) gene_attention_dq_32(
     act_t* dqkv,                       // (N, 3·D); sets the first third
     float* delta,                      // (N, H)
     AttentionShape shape, Dropout dropout) {
-  dq_tile<32>(qkv, d_o, o, lse, Batch{cell_start, order, globals, shape, dropout}, dqkv, delta);
+  dq_tile<32>(qkv, d_o, o, lse, Batch{cell_start, order, globals, shape, dropout, (int)blockIdx.y}, dqkv, delta);
 }
 extern "C" __global__ void __launch_bounds__(128) gene_attention_dq_64(
     const act_t* qkv,                  // (N, 3·D)
@@ -222,7 +222,7 @@ extern "C" __global__ void __launch_bounds__(128) gene_attention_dq_64(
     act_t* dqkv,                       // (N, 3·D); sets the first third
     float* delta,                      // (N, H)
     AttentionShape shape, Dropout dropout) {
-  dq_tile<64>(qkv, d_o, o, lse, Batch{cell_start, order, globals, shape, dropout}, dqkv, delta);
+  dq_tile<64>(qkv, d_o, o, lse, Batch{cell_start, order, globals, shape, dropout, (int)blockIdx.y}, dqkv, delta);
 }
 extern "C" __global__ void __launch_bounds__(128) gene_attention_dq_128(
     const act_t* qkv,                  // (N, 3·D)
@@ -235,7 +235,7 @@ extern "C" __global__ void __launch_bounds__(128) gene_attention_dq_128(
     act_t* dqkv,                       // (N, 3·D); sets the first third
     float* delta,                      // (N, H)
     AttentionShape shape, Dropout dropout) {
-  dq_tile<128>(qkv, d_o, o, lse, Batch{cell_start, order, globals, shape, dropout}, dqkv, delta);
+  dq_tile<128>(qkv, d_o, o, lse, Batch{cell_start, order, globals, shape, dropout, (int)blockIdx.y}, dqkv, delta);
 }
 extern "C" __global__ void __launch_bounds__(128) gene_attention_dkv_32(
     const act_t* qkv,                  // (N, 3·D)
@@ -247,7 +247,7 @@ extern "C" __global__ void __launch_bounds__(128) gene_attention_dkv_32(
     const unsigned* OPTIONAL globals,  // (C)
     act_t* dqkv,                       // (N, 3·D); sets the second and the last third
     AttentionShape shape, Dropout dropout) {
-  dkv_tile<32>(qkv, d_o, lse, delta, Batch{cell_start, order, globals, shape, dropout}, dqkv);
+  dkv_tile<32>(qkv, d_o, lse, delta, Batch{cell_start, order, globals, shape, dropout, (int)blockIdx.y}, dqkv);
 }
 extern "C" __global__ void __launch_bounds__(128) gene_attention_dkv_64(
     const act_t* qkv,                  // (N, 3·D)
@@ -259,7 +259,7 @@ extern "C" __global__ void __launch_bounds__(128) gene_attention_dkv_64(
     const unsigned* OPTIONAL globals,  // (C)
     act_t* dqkv,                       // (N, 3·D); sets the second and the last third
     AttentionShape shape, Dropout dropout) {
-  dkv_tile<64>(qkv, d_o, lse, delta, Batch{cell_start, order, globals, shape, dropout}, dqkv);
+  dkv_tile<64>(qkv, d_o, lse, delta, Batch{cell_start, order, globals, shape, dropout, (int)blockIdx.y}, dqkv);
 }
 extern "C" __global__ void __launch_bounds__(128) gene_attention_dkv_128(
     const act_t* qkv,                  // (N, 3·D)
@@ -271,5 +271,5 @@ extern "C" __global__ void __launch_bounds__(128) gene_attention_dkv_128(
     const unsigned* OPTIONAL globals,  // (C)
     act_t* dqkv,                       // (N, 3·D); sets the second and the last third
     AttentionShape shape, Dropout dropout) {
-  dkv_tile<128>(qkv, d_o, lse, delta, Batch{cell_start, order, globals, shape, dropout}, dqkv);
+  dkv_tile<128>(qkv, d_o, lse, delta, Batch{cell_start, order, globals, shape, dropout, (int)blockIdx.y}, dqkv);
 }

@@ -11,7 +11,7 @@
 // Rows of shared memory are 16 bytes longer than K elements: eight consecutive rows then start in eight different groups of
 // four banks, which is what ldmatrix and the float4 loads of the f32 form ask for.
 #pragma once
-#include "ptx.cuh"
+#include "gene_attention_problem.cuh"
 
 constexpr int WARPS = 4, THREADS = 32 * WARPS;
 constexpr int ROWS = 16 * WARPS;  // of a block
@@ -27,19 +27,6 @@ struct Tile {
   // Floats of a warp's strip for P.
   static constexpr int STRIP = 16 * (VISITED + 4);
 };
-
-// Where the lane's element e (0..3) of column block n lies in a 16 x 8n fragment.
-DEVICE int fragment_row(int e) { return (int)(threadIdx.x % 32 / 4) + e / 2 * 8; }
-DEVICE int fragment_column(int n, int e) { return n * 8 + (int)(threadIdx.x % 4) * 2 + e % 2; }
-// Over the four lanes that share a row.
-DEVICE float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, 1));
-  return fmaxf(x, __shfl_xor_sync(FULL_WARP, x, 2));
-}
-DEVICE float quad_sum(float x) {
-  x += __shfl_xor_sync(FULL_WARP, x, 1);
-  return x + __shfl_xor_sync(FULL_WARP, x, 2);
-}
 
 #if defined(ACT_BF16)
 
