@@ -262,8 +262,9 @@ DEVICE void consume(const Forward<SLOTS>& f, Batch batch, __nv_bfloat16* o, floa
     scores(place.stage);
     wgmma_wait<0>();
     wgmma_hold(s);
-    release(f.key_empty + place.stage);
+    if (!SPARSE) release(f.key_empty + place.stage);
     probabilities(now, place.stage);
+    if (SPARSE) release(f.key_empty + place.stage);  // its tokens were read just now
     round_pairs(s, p);
 
     while (!now.last_of_cell()) {
@@ -280,8 +281,9 @@ DEVICE void consume(const Forward<SLOTS>& f, Batch batch, __nv_bfloat16* o, floa
       if (next_turn) named_barrier_arrive(next_turn, 256);
       wgmma_wait<1>();
       wgmma_hold(s);
-      release(f.key_empty + place.stage);
+      if (!SPARSE) release(f.key_empty + place.stage);
       probabilities(now, place.stage);
+      if (SPARSE) release(f.key_empty + place.stage);
       wgmma_wait<0>();
       wgmma_hold(out);
       release(f.value_empty + before.stage);

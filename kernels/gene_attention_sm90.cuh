@@ -98,6 +98,7 @@ DEVICE void release(Mbarrier* empty) {
 // zeros from `valid` on. `from`: column 0 of token 0.
 DEVICE void gather_rows(unsigned char* to, const __nv_bfloat16* from, size_t stride, const Batch& batch, int position, int valid,
                         int rows) {
+#pragma unroll 2
   for (int i = threadIdx.x % 128; i < rows * 8; i += 128) {
     int row = i / 8, chunk = i % 8;
     bool read = row < valid;
