@@ -21,7 +21,7 @@
 //
 // Must move 8·N·D bf16 and 8·N·H of stats; dq once to f32 and back, 8·N·D; from the second-level cache Q and dO, 4·D·Σ len²/128,
 // and the shares of dq, 4·D·Σ len²/128. FLOPs 10·D·Σ len², one exp a pair and head.
-// Shared memory: K, V 32; two stages of Q, dO 64; ds 32; dq 32 KiB, and 3 KiB. Registers: 2 consumers, 232 each (marker-sparse 216).
+// Shared memory: K, V 32; two stages of Q, dO 64; ds 32; dq 32 KiB, and 3 KiB. Registers: 2 consumers, 232 each (marker-sparse 224).
 #include "gene_attention_sm90.cuh"
 
 constexpr float LOG2_E = 1.4426950408889634f;
@@ -128,7 +128,7 @@ struct Visits {
 // Marker-sparse: the loads of three warps, `thread` of 96.
 DEVICE void gather(unsigned char* to, const __nv_bfloat16* from, size_t stride, const Batch& batch, int position, int valid,
                    int thread) {
-#pragma unroll 2
+#pragma unroll 1
   for (int i = thread; i < T * 8; i += 96) {
     int row = i / 8, chunk = i % 8;
     bool read = row < valid;
@@ -429,7 +429,7 @@ DEVICE void backward(const TensorMap* qkv_map, const TensorMap* d_o_map, const _
   }
   __syncthreads();
   if (threadIdx.x < 128) {
-    set_fewer_registers<SPARSE ? 72 : 40>();
+    set_fewer_registers<SPARSE ? 56 : 40>();
     const int items = (int)*count * batch.shape.heads, warp = threadIdx.x / 32;
     unsigned parity = 0;
     if (warp == 2) {
@@ -447,7 +447,7 @@ DEVICE void backward(const TensorMap* qkv_map, const TensorMap* d_o_map, const _
       }
     }
   } else {
-    set_more_registers<SPARSE ? 216 : 232>();
+    set_more_registers<SPARSE ? 224 : 232>();
     consume<SPARSE, DROPOUT>(b, batch, dqkv);
   }
 }
