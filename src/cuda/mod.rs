@@ -189,7 +189,7 @@ impl Device for Cuda {
     }
 
     fn reserve<A: Act>(&self, sizes: &StepSizes) -> Result<()> {
-        self.workspace().reserve(step_bytes::<A>(sizes))
+        self.workspace().reserve(step_bytes::<A>(sizes, self.is_hopper()))
     }
 
     fn read_later<T: Element>(&self, buf: &Buf<T>) -> Result<Later<T>> {

@@ -84,14 +84,14 @@ pub(super) fn bytes<T: Element>(lens: &[usize]) -> usize {
     lens.iter().map(|len| (len * size_of::<T>()).next_multiple_of(ALIGN)).sum()
 }
 
-/// The most that any op of a training step works in, whatever part of `s` the step fills.
-pub fn step_bytes<A: Act>(s: &StepSizes) -> usize {
+/// The most that any op of a training step works in, whatever part of `s` the step fills, on a Hopper GPU or another.
+pub fn step_bytes<A: Act>(s: &StepSizes, hopper: bool) -> usize {
     let (tokens, cells) = (s.tokens, s.cells);
     let softmax = |rows, columns| prototype_loss::most_bytes::<A>(rows, columns, s.width);
     let f32_softmax = |rows, columns| prototype_loss::most_bytes::<f32>(rows, columns, s.width);
     let ops = [
         embed::most_bytes(tokens, s.width),
-        gene_attention::most_bytes(tokens, cells),
+        gene_attention::most_bytes::<A>(tokens, cells, s.heads, hopper && s.width == 64 * s.heads),
         layernorm::most_bytes(tokens, s.width),
         linear::most_bytes(tokens, (3 * s.width).max(s.ffn)),
         mask_tokens::most_bytes(tokens),

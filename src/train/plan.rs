@@ -191,7 +191,7 @@ fn plan_for<A: Act>(case: &PlanCase<'_>) -> Result<Plan> {
         groups,
         scratch,
         threads,
-        cuda_workspace: crate::cuda::step_bytes::<A>(&sizes) as u64,
+        cuda_workspace: crate::cuda::step_bytes::<A>(&sizes, true) as u64,
         capacity,
         stage: case.stage,
         parameters: layout.parameters(),

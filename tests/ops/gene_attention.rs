@@ -16,7 +16,7 @@ on_emulated!(A: dense, short_cells_share_a_tile, marker_sparse, dropout, huge_sc
 
 /// Both directions against the oracle.
 #[track_caller]
-fn check<B: GeneAttention<A>, A: ActSample>(dev: &B, case: &Case) -> Results<A> {
+pub fn check<B: GeneAttention<A>, A: ActSample>(dev: &B, case: &Case) -> Results<A> {
     let (qkv, do_) = (case.qkv::<A>(), case.do_::<A>());
     let (got, want) = (run_on(dev, case, &qkv, &do_), oracle(case, &wide(&qkv), &wide(&do_)));
     let Case { heads, head_width, lengths, sparse, dropout, .. } = case;
@@ -79,7 +79,7 @@ fn dropout<B: GeneAttention<A>, A: ActSample>(dev: &B) {
     }
 }
 
-fn huge_scores_stay_finite<B: GeneAttention<A>, A: ActSample>(dev: &B) {
+pub fn huge_scores_stay_finite<B: GeneAttention<A>, A: ActSample>(dev: &B) {
     for scale in [4.0, 30.0] {
         let mut case = Case::dense(&[65, 40, 1], 2, 64);
         case.scale = scale;

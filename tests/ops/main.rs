@@ -117,6 +117,7 @@ macro_rules! on_hopper {
 mod adamw;
 mod embed;
 mod gene_attention;
+mod gene_attention_sm90;
 mod layernorm;
 mod linear;
 mod mask_tokens;

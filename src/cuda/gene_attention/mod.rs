@@ -1,11 +1,13 @@
 //! Attention over packed cells: geometry of `kernels/gene_attention*.cu`. Formula in [`crate::ops::gene_attention`], tiling in
-//! `kernels/gene_attention.cuh` and `docs/kernels-attention.md`.
+//! `kernels/gene_attention.cuh` and `docs/kernels-attention.md`. Bf16 with heads of 64 has kernels of its own on Hopper.
+
+mod hopper;
 
 use super::functions::{AttentionShape, gene_attention_order};
 use super::functions::{gene_attention_dkv_32, gene_attention_dkv_64, gene_attention_dkv_128};
 use super::functions::{gene_attention_dq_32, gene_attention_dq_64, gene_attention_dq_128};
 use super::functions::{gene_attention_forward_32, gene_attention_forward_64, gene_attention_forward_128};
-use super::workspace::{Workspace, bytes};
+use super::workspace::bytes;
 use super::{Buf, Cuda, Grid};
 use crate::device::Act;
 use crate::error::{Error, Result};
@@ -50,17 +52,16 @@ fn unsupported(head_width: usize) -> Error {
 type Order = [Buf<u32>; 2];
 
 impl Cuda {
-    /// Queues `gene_attention_order` where the pattern needs it.
+    /// Queues `gene_attention_order` where the pattern needs it, into workspace for (N) and (C) numbers.
     fn attention_order<A: Act>(
         &self,
         dims: Dims,
         input: &In<'_, Self, A>,
-        workspace: &mut Workspace<'_>,
+        [mut order, mut globals]: Order,
     ) -> Result<Option<Order>> {
         let (Pattern::MarkerSparse { .. }, Some(global)) = (dims.pattern, input.global) else {
             return Ok(None);
         };
-        let [mut order, mut globals] = workspace.parts([dims.tokens, dims.cells])?;
         let grid = Grid::line(dims.cells, ORDER_THREADS);
         gene_attention_order(self, grid, input.cell_start, global, &mut order, &mut globals)?;
         Ok(Some([order, globals]))
@@ -68,8 +69,11 @@ impl Cuda {
 }
 
 /// Bytes of workspace for at most so many tokens and cells.
-pub(super) fn most_bytes(tokens: usize, cells: usize) -> usize {
-    bytes::<u32>(&[tokens, cells])
+pub(super) fn most_bytes<A: Act>(tokens: usize, cells: usize, heads: usize, hopper: bool) -> usize {
+    match hopper && !A::IS_F32 {
+        true => hopper::most_bytes(tokens, cells, heads),
+        false => bytes::<u32>(&[tokens, cells]),
+    }
 }
 
 fn shape(dims: Dims) -> AttentionShape {
@@ -102,6 +106,9 @@ impl<A: Act> GeneAttention<A> for Cuda {
         o: &mut Buf<A>,
         lse: &mut Buf<f32>,
     ) -> Result<()> {
+        if hopper::takes::<A>(self, dims) {
+            return self.hopper_attention_forward(dims, &input, o, lse);
+        }
         let forward = by_head_width!(
             dims.head_width,
             gene_attention_forward_32,
@@ -109,7 +116,8 @@ impl<A: Act> GeneAttention<A> for Cuda {
             gene_attention_forward_128
         );
         let mut workspace = self.workspace();
-        let order = self.attention_order(dims, &input, &mut workspace)?;
+        let room = workspace.parts([dims.tokens, dims.cells])?;
+        let order = self.attention_order(dims, &input, room)?;
         let (order, globals) = order.as_ref().map(|[o, g]| (o, g)).unzip();
         let dropout = input.dropout.into();
         let grid = grid::<A>(dims, 1, 0);
@@ -124,6 +132,9 @@ impl<A: Act> GeneAttention<A> for Cuda {
         dqkv: &mut Buf<A>,
         delta: &mut Buf<f32>,
     ) -> Result<()> {
+        if hopper::takes_backward::<A>(self, dims) {
+            return self.hopper_attention_backward(dims, &input, &backward, dqkv, delta);
+        }
         let dq = by_head_width!(
             dims.head_width,
             gene_attention_dq_32,
@@ -137,7 +148,8 @@ impl<A: Act> GeneAttention<A> for Cuda {
             gene_attention_dkv_128
         );
         let mut workspace = self.workspace();
-        let order = self.attention_order(dims, &input, &mut workspace)?;
+        let room = workspace.parts([dims.tokens, dims.cells])?;
+        let order = self.attention_order(dims, &input, room)?;
         let (order, globals) = order.as_ref().map(|[o, g]| (o, g)).unzip();
         let BackwardIn { do_, o, lse } = backward;
         let (qkv, start, shape) = (input.qkv, input.cell_start, shape(dims));
