@@ -122,3 +122,29 @@ fn launches_that_a_gpu_refuses_are_refused() {
     reports("large_grid", &["grid is too large"]);
     reports("large_shared", &["227 KB"]);
 }
+
+#[test]
+fn what_hopper_adds_does_what_it_says() {
+    // 1: nothing has landed before the wait (late); 2: it has (eager).
+    prints("boxes", ["1 0", "1 0", "2 0"]);
+    prints("products", ["15 0"; 3]);
+    prints("round_robin", ["20 0"; 3]);
+}
+
+#[test]
+fn misuse_of_what_hopper_adds_is_reported() {
+    reports("wrong_phase", &["deadlock in block (", "(mbarrier.try_wait)"]);
+    reports("bytes_that_never_land", &["deadlock in block (", "(mbarrier.try_wait)"]);
+    reports(
+        "too_many_arrivals",
+        &["hopper_cases.h:", "one arrival more than the 1 of the phase", "misses 16 bytes"],
+    );
+    reports("no_mbarrier", &["hopper_cases.h:", "no mbarrier was initialized at"]);
+    reports("no_fence", &["hopper_cases.h:", "no wgmma_fence since the last wgmma_wait"]);
+    reports("beyond_shared", &["hopper_cases.h:", "of 8192 bytes of dynamic shared memory"]);
+    reports("left_in_flight", &["a wgmma: the thread returns while it is in flight"]);
+    reports("box_off_its_boundary", &["hopper_cases.h:", "not at a 1024-byte boundary"]);
+    reports("waits_alone", &["deadlock in block (", "(wait_until)"]);
+    reports("waits_for_a_block_to_come", &["blocks wait for one another in cooperative launches alone"]);
+    reports("too_many_residents", &["more blocks of a cooperative launch than fit side by side"]);
+}

@@ -202,12 +202,15 @@ static void dynamic_overrun(void* const*) {
 }
 static void nothing(void* const*) {}
 
+#include "hopper_cases.h"
+
 struct Case {
   const char* name;
   void (*body)(void* const*);
   unsigned blocks = 8, threads = 256;
   size_t shared = 1024;
   int bounds = 0;
+  bool cooperative = false;
 };
 static const Case CASES[] = {
     {"exchange", exchange}, {"atomics", atomics}, {"early_exit", early_exit, 1}, {"votes", votes}, {"poison", poison},
@@ -217,7 +220,13 @@ static const Case CASES[] = {
     {"half_a_warp_of_mma", half_a_warp_of_mma}, {"absent_lane", absent_lane}, {"wrong_mask", wrong_mask},
     {"overlapping_masks", overlapping_masks}, {"mixed_collectives", mixed_collectives}, {"outside", outside},
     {"stack", stack}, {"overrun", overrun}, {"dynamic_overrun", dynamic_overrun, 8, 250, 1000}, {"dynamic_outside", dynamic_overrun}, {"bounds", nothing, 1, 256, 0, 128},
-    {"large_block", nothing, 1, 1056}, {"large_grid", nothing, 1u << 31, 32}, {"large_shared", nothing, 1, 32, 228 << 10},
+    {"boxes", boxes, 1, 128, 17 << 10}, {"products", products, 1, 128, 24 << 10},
+    {"round_robin", round_robin, 4, 32, 1024, 0, true}, {"wrong_phase", wrong_phase, 1, 32},
+    {"bytes_that_never_land", bytes_that_never_land, 1, 32}, {"too_many_arrivals", too_many_arrivals, 1, 32},
+    {"no_mbarrier", no_mbarrier, 1, 32}, {"no_fence", no_fence, 1, 128, 8192}, {"beyond_shared", beyond_shared, 1, 128, 8192},
+    {"left_in_flight", left_in_flight, 1, 128, 8192}, {"box_off_its_boundary", box_off_its_boundary, 1, 32, 4096},
+    {"waits_alone", waits_alone, 4, 32, 1024, 0, true}, {"waits_for_a_block_to_come", waits_alone, 4, 32},
+    {"too_many_residents", nothing, 5, 32, 0, 0, true}, {"large_block", nothing, 1, 1056}, {"large_grid", nothing, 1u << 31, 32}, {"large_shared", nothing, 1, 32, 228 << 10},
 };
 
 int main(int, char** arguments) {
@@ -229,6 +238,7 @@ int main(int, char** arguments) {
     launch.grid[0] = c.blocks, launch.grid[1] = launch.grid[2] = 1;
     launch.block[0] = c.threads, launch.block[1] = launch.block[2] = 1;
     launch.shared_bytes = c.shared;
+    launch.cooperative = c.cooperative;
     launch.schedule = atoi(arguments[2]);
     if (cuhost::run(&launch))
       printf("%s\n", launch.error);

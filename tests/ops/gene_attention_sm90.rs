@@ -98,9 +98,11 @@ mod faults {
     fn others<B: GeneAttention<A>, A: ActSample>(dev: &B) {
         check(dev, &Case::dense(&[260, 20], 1, 64).dropout(0.3));
         check(dev, &Case::dense(&[390, 40, 3], 1, 64).sparse(20, 12).dropout(0.3));
-        // No global token: the first tile and the last do not meet.
-        let mut narrow = Case::dense(&[400], 1, 64).sparse(1, 1);
-        narrow.flags = Some(vec![0; 400]);
+        // More visits than stages.
+        check(dev, &Case::dense(&[512], 1, 64).sparse(300, 40));
+        // No global token: tiles meet by the last rank of the one and the first of the next, and not beyond.
+        let mut narrow = Case::dense(&[256, 400], 1, 64).sparse(1, 1);
+        narrow.flags = Some(vec![0; 656]);
         check(dev, &narrow);
     }
 

@@ -213,3 +213,78 @@ fn as_floats(part: &Buf<u32>) -> Buf<f32> {
     // SAFETY: the caller gives the first handle up for the second.
     unsafe { part.cast() }.unwrap_or_else(|| unreachable!("both are 4 bytes"))
 }
+
+#[cfg(all(test, emulator))]
+mod tests {
+    use super::*;
+    use crate::cuda::{Arch, Schedule};
+    use crate::ops::gene_attention::Pattern;
+    use std::collections::BTreeSet;
+
+    /// The list for these cells, as (cells of an entry, T, first entry, the cells).
+    fn list(dev: &Cuda, lengths: &[usize], slots: usize, merge: bool) -> Vec<(u32, u32, u32, Vec<u32>)> {
+        let mut start = vec![0u32];
+        start.extend(lengths.iter().scan(0, |end, len| {
+            *end += *len as u32;
+            Some(*end)
+        }));
+        let tokens = start[lengths.len()] as usize;
+        let dims = Dims {
+            tokens,
+            cells: lengths.len(),
+            heads: 1,
+            head_width: HEAD_WIDTH,
+            max_len: *lengths.iter().max().unwrap(),
+            pattern: Pattern::Dense,
+        };
+        let (qkv, cell_start) = (dev.zeros::<half::bf16>(0).unwrap(), dev.upload(&start).unwrap());
+        let input = In { qkv: &qkv, cell_start: &cell_start, global: None, dropout: Dropout::NONE };
+        let most = most_entries(tokens, lengths.len(), SLOT);
+        let (mut entries, mut count) =
+            (dev.upload(&vec![!0u32; ENTRY * most]).unwrap(), dev.upload(&[!0u32]).unwrap());
+        dev.attention_items(dims, &input, [&mut entries, &mut count], slots, merge).unwrap();
+        let count = dev.download(&count).unwrap()[0] as usize;
+        assert!(count <= most);
+        let entries = dev.download(&entries).unwrap();
+        entries
+            .chunks(ENTRY)
+            .take(count)
+            .map(|e| (e[0], e[1], e[2], e[4..4 + e[0] as usize].to_vec()))
+            .collect()
+    }
+
+    #[test]
+    fn the_list_holds_every_tile_once_and_long_cells_first() {
+        for schedule in Schedule::ALL {
+            let dev = Cuda::emulated_gpu(schedule, Arch::Sm90).unwrap();
+            // Two bins of each warp of the sort; a tile more or less; many of one length.
+            let mut lengths = vec![65_535, 1, 40_000, 64, 65, 2_048, 2_049, 33_000, 128, 3, 192, 193];
+            lengths.extend([100; 1100]);
+            lengths.extend([20; 7]);
+            for (slots, merge) in [(3, true), (2, true), (2, false)] {
+                let got = list(&dev, &lengths, slots, merge);
+                let mut seen = BTreeSet::new();
+                let mut last_tiles = usize::MAX;
+                for (i, (cells, parts, first, members)) in got.iter().enumerate() {
+                    let tiles = lengths[members[0] as usize].div_ceil(SLOT);
+                    assert!(tiles <= last_tiles, "entry {i}: {tiles} tiles behind {last_tiles}");
+                    last_tiles = tiles;
+                    assert!((*first..first + parts).contains(&(i as u32)), "entry {i} of {first} + {parts}");
+                    if *cells > 1 {
+                        assert!(merge && *cells as usize <= slots && *parts == 1);
+                        assert!(members.iter().all(|c| lengths[*c as usize] <= SLOT));
+                    }
+                    assert_eq!(*parts as usize, if *cells > 1 { 1 } else { tiles.div_ceil(slots) });
+                    for cell in members {
+                        assert!(seen.insert((*cell, i as u32 - first)), "cell {cell} twice");
+                    }
+                }
+                let want: usize = lengths.iter().map(|len| len.div_ceil(SLOT).div_ceil(slots)).sum();
+                assert_eq!(seen.len(), want, "{slots} slots, merge {merge}");
+                let short = lengths.iter().filter(|len| **len <= SLOT).count();
+                let saved = if merge { short - short.div_ceil(slots) } else { 0 };
+                assert_eq!(got.len(), want - saved);
+            }
+        }
+    }
+}
