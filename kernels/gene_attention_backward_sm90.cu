@@ -109,6 +109,10 @@ struct Visits {
     return !SPARSE ||
            meet(batch, start, globals, a * T, min(a * T + T, length), b * T, min(b * T + T, length));
   }
+  // Of the block's own tile with one that starts at `row`; both are full.
+  __device__ __forceinline__ bool meets_all(int row) const {
+    return own * T + T <= length && meet_all(batch, start, length, globals, own * T, own * T + T, row);
+  }
   // Steps go round from the block's own tile; `tiles` when there is none left.
   __device__ __forceinline__ int from(int step) const {
     while (step < tiles && !meets(own, tile(step))) step++;
@@ -175,7 +179,10 @@ DEVICE void load_item(const Backward& b, const TensorMap* qkv_map, const TensorM
     next = visits.from(step + 1);
     const int stage = place.stage, tile = visits.tile(step) * T, position = visits.start + tile, valid = visits.length - tile;
     mbarrier_wait(b.empty + stage, place.parity ^ 1);
-    if (leader) b.mark[stage] = tile_mark(tile, -1, next >= visits.tiles, next >= visits.tiles);
+    if (leader) {
+      const bool last = next >= visits.tiles;
+      b.mark[stage] = tile_mark(tile, -1, last, last, SPARSE && visits.meets_all(tile));
+    }
     if (copies && !SPARSE) {
       mbarrier_arrive_expect(b.full + stage, 2 * TILE_BYTES);
       for (int half = 0; half < 2; half++) {
@@ -193,7 +200,7 @@ DEVICE void load_item(const Backward& b, const TensorMap* qkv_map, const TensorM
       const float2* from = reinterpret_cast<const float2*>(stats) + (size_t)work.head * batch.shape.tokens + position;
       for (int i = SPARSE ? thread : lane; i < T; i += SPARSE ? 96 : 32) {
         b.stats[stage * T + i] = i < valid ? from[i] : make_float2(0.0f, 0.0f);
-        if (SPARSE) b.tokens[stage * T + i] = i < valid ? batch.token(position + i) : 0;
+        if (SPARSE) b.tokens[stage * T + i] = i < valid ? batch.token(position + i) : (int)NO_TOKEN;
       }
       if (SPARSE) {
         cp_async_wait<0>();
@@ -264,13 +271,7 @@ DEVICE void consume(const Backward& b, Batch batch, __nv_bfloat16* dqkv) {
     batch.head = b.item->head;
     const Slot mine = b.item->slot[0];
     const int start = mine.start, length = mine.length, row = mine.first + slot * SLOT + warp_row;
-    int row_token[2] = {0, 0};
-    if (SPARSE)
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        int r = row + fragment_row(2 * h);
-        row_token[h] = r < length ? batch.token(start + r) : 0;
-      }
+    const Reach reach(batch, start, length, mine.globals, row);
     float dk[K / 8][4] = {}, dv[K / 8][4] = {};
 
     for (bool last = false; !last; place.next()) {
@@ -305,8 +306,15 @@ DEVICE void consume(const Backward& b, Batch batch, __nv_bfloat16* dqkv) {
       if (!LATE) gradients();
       wgmma_wait<LATE ? 0 : 1>();
       wgmma_hold(s);
-      if (SPARSE || tile + T > length || mine.first + T > length)
-        mask<T>(s, batch, Visit{start, length, mine.globals, tile}, row, row_token, b.tokens + stage * T);
+      if (SPARSE && !mark.whole()) reach.mask(s, mine.globals - tile, b.tokens + stage * T);
+      if (!SPARSE && tile + T > length) mask_columns(s, length - tile);
+      if (mine.first + T > length) {
+#pragma unroll
+        for (int n = 0; n < T / 8; n++)
+#pragma unroll
+          for (int e = 0; e < 4; e++)
+            if (row + fragment_row(e) >= length) s[n][e] = -INFINITY;
+      }
 #pragma unroll
       for (int n = 0; n < T / 8; n++) {
         const float4 column = stats[n * 4];

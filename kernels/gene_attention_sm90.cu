@@ -103,10 +103,13 @@ DEVICE void load_item(const Forward<SLOTS>& f, const TensorMap* map, const __nv_
       const int stage = place.stage, position = cell + tile;
       unsigned char *key = f.keys + stage * TILE_BYTES, *value = f.values + stage * TILE_BYTES;
       mbarrier_wait(f.key_empty + stage, place.parity ^ 1);
-      if (leader) f.mark[stage] = tile_mark(tile, several ? c : -1, next >= end, next >= end && c == entry.cells - 1);
+      if (leader) {
+        const bool last = next >= end, whole = SPARSE && meet_all(batch, cell, end, globals, first, row_end, tile);
+        f.mark[stage] = tile_mark(tile, several ? c : -1, last, last && c == entry.cells - 1, whole);
+      }
       if (SPARSE) {
         const int valid = end - tile, t = threadIdx.x;
-        f.tokens[stage * T + t] = t < valid ? batch.token(position + t) : 0;
+        f.tokens[stage * T + t] = t < valid ? batch.token(position + t) : (int)NO_TOKEN;
         gather_rows(key, qkv + width + column, 3 * width, batch, position, valid, T);
         cp_async_commit();
         mbarrier_wait(f.value_empty + stage, place.parity ^ 1);
@@ -212,12 +215,7 @@ DEVICE void consume(const Forward<SLOTS>& f, Batch batch, __nv_bfloat16* o, floa
     }
 
     const int row = mine.first + warp_row;
-    int row_token[2];
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      int r = row + fragment_row(2 * h);
-      row_token[h] = r < length ? batch.token(start + r) : 0;
-    }
+    const Reach reach(batch, start, length, mine.globals, row);
     Rows rows;
     float s[T / 8][4], out[K / 8][4] = {}, shrink[2];
     uint32_t p[T / 16][4];
@@ -236,8 +234,8 @@ DEVICE void consume(const Forward<SLOTS>& f, Batch batch, __nv_bfloat16* o, floa
     };
     auto probabilities = [&](const TileMark& mark, int stage) {
       const int tile = mark.tile();
-      if (SPARSE || tile + T > length)
-        mask<T>(s, batch, Visit{start, length, mine.globals, tile}, row, row_token, f.tokens + stage * T);
+      if (SPARSE && !mark.whole()) reach.mask(s, mine.globals - tile, f.tokens + stage * T);
+      if (!SPARSE && tile + T > length) mask_columns(s, length - tile);
       rows.softmax(s, scale, shrink);
       if (DROPOUT && batch.dropout.threshold) {
 #pragma unroll
@@ -311,8 +309,9 @@ DEVICE void consume(const Forward<SLOTS>& f, Batch batch, __nv_bfloat16* o, floa
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       rows.sum[h] = quad_sum(rows.sum[h]);
-      if (lane % 4 == 0 && row + fragment_row(2 * h) < length)
-        lse[batch.row(row_token[h])] = rows.most[h] * batch.shape.scale + logf(rows.sum[h]);
+      const int r = row + fragment_row(2 * h);
+      if (lane % 4 == 0 && r < length)
+        lse[batch.row(batch.token(start + r))] = rows.most[h] * batch.shape.scale + logf(rows.sum[h]);
     }
     const float kept_scale = DROPOUT ? batch.dropout.scale : 1.0f;
     const float factor[2] = {kept_scale / rows.sum[0], kept_scale / rows.sum[1]};

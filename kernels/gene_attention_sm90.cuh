@@ -39,17 +39,19 @@ struct Work {
   }
 };
 
-// Beside a visited tile: its first row within the cell, which slot it is for, whether it is the last of its cell or of the item.
+// Beside a visited tile: its first row within the cell, which slot it is for, whether it is the last of its cell or of the item, and
+// (marker-sparse) whether all of its pairs with the item's rows attend.
 struct TileMark {
   unsigned bits;
   __device__ __forceinline__ int tile() const { return bits & 0xFFFFF; }
   __device__ __forceinline__ bool is_for(int slot) const { return (bits >> 20 & 0xF) == 0 || (int)(bits >> 20 & 0xF) == slot + 1; }
   __device__ __forceinline__ bool last_of_cell() const { return bits >> 24 & 1; }
   __device__ __forceinline__ bool last_of_item() const { return bits >> 25 & 1; }
+  __device__ __forceinline__ bool whole() const { return bits >> 26 & 1; }
 };
 // `slot` -1: for all of them.
-DEVICE unsigned tile_mark(int tile, int slot, bool last_of_cell, bool last_of_item) {
-  return tile | (slot + 1) << 20 | (unsigned)last_of_cell << 24 | (unsigned)last_of_item << 25;
+DEVICE unsigned tile_mark(int tile, int slot, bool last_of_cell, bool last_of_item, bool whole) {
+  return tile | (slot + 1) << 20 | (unsigned)last_of_cell << 24 | (unsigned)last_of_item << 25 | (unsigned)whole << 26;
 }
 
 // A place in a ring of STAGES: its stage, and the parity of the phase that fills it.
@@ -69,6 +71,52 @@ DEVICE bool meet(const Batch& batch, int start, int globals, int a, int a_end, i
   const unsigned* token = batch.order + start;
   int window = batch.shape.window;
   return (int)token[b] - window <= (int)token[a_end - 1] && (int)token[a] - window <= (int)token[b_end - 1];
+}
+
+// Do all pairs of rows [a, a_end) with the tile [b, b + T) attend? It is full, and they are global, or so near that the farthest two
+// attend.
+DEVICE bool meet_all(const Batch& batch, int start, int length, int globals, int a, int a_end, int b) {
+  if (b + T > length) return false;
+  if (a_end <= globals || b + T <= globals) return true;
+  if (a < globals || b < globals) return false;
+  const unsigned* token = batch.order + start;
+  int window = batch.shape.window;
+  return (int)token[a_end - 1] - (int)token[b] <= window && (int)token[b + T - 1] - (int)token[a] <= window;
+}
+
+// Marker-sparse: a lane's two rows as ranges of tokens, so that a pair costs a subtraction and a comparison: token - lowest, without
+// sign, is at most `reach`. Columns behind the cell's end are NO_TOKEN, which no row reaches.
+constexpr unsigned NO_TOKEN = 0x80000000u;
+struct Reach {
+  unsigned lowest[2], reach[2];
+  __device__ __forceinline__ Reach(const Batch& batch, int start, int length, int globals, int row) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      int r = row + fragment_row(2 * h);
+      lowest[h] = r < globals || r >= length ? 0 : batch.token(start + r) - batch.shape.window;
+      reach[h] = r < globals ? NO_TOKEN - 1 : 2 * batch.shape.window;
+    }
+  }
+  __device__ __forceinline__ void mask(float (&s)[T / 8][4], int globals, const int* token) const {
+#pragma unroll
+    for (int n = 0; n < T / 8; n++) {
+      const int2 pair = *reinterpret_cast<const int2*>(token + fragment_column(n, 0));
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        bool near = (unsigned)(e % 2 ? pair.y : pair.x) - lowest[e / 2] <= reach[e / 2];
+        if (!near && fragment_column(n, e) >= globals) s[n][e] = -INFINITY;
+      }
+    }
+  }
+};
+
+// Dense: keys behind the cell's end.
+DEVICE void mask_columns(float (&s)[T / 8][4], int valid) {
+#pragma unroll
+  for (int n = 0; n < T / 8; n++)
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+      if (fragment_column(n, e) >= valid) s[n][e] = -INFINITY;
 }
 
 // What consumers have to know of an item; the producer writes it.
