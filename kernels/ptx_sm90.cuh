@@ -89,7 +89,8 @@ template <int GROUPS>
 DEVICE void bulk_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(GROUPS) : "memory");
 }
-DEVICE void async_fence() { asm volatile("fence.proxy.async;" ::: "memory"); }
+DEVICE void async_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+DEVICE void async_fence_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // ---- counters in global memory
 // Until *counter is `value`; what other blocks wrote before their signal is visible then, to the copy engine too.
@@ -97,11 +98,11 @@ DEVICE void wait_until(const unsigned* counter, unsigned value) {
   unsigned now;
   do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
   while (now != value);
-  async_fence();
+  async_fence_global();
 }
 // Adds 1, behind all writes of this thread, those of the copy engine that were waited for included.
 DEVICE void signal(unsigned* counter) {
-  async_fence();
+  async_fence_global();
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }
 
