@@ -8,8 +8,16 @@ use crate::common::cases::by_threads;
 use crate::common::close::assert_same_bits;
 use cellrefine::ops::gene_attention::GeneAttention;
 
-on_hopper!(edges, short_cells_share_an_item, marker_sparse, dropout, huge_scores_stay_finite,
-    a_cell_does_not_feel_its_batch, the_same_bits_for_any_thread_count, longer_than_blocks_can_wait_for);
+on_hopper!(
+    edges,
+    short_cells_share_an_item,
+    marker_sparse,
+    dropout,
+    huge_scores_stay_finite,
+    a_cell_does_not_feel_its_batch,
+    the_same_bits_for_any_thread_count,
+    longer_than_blocks_can_wait_for
+);
 
 fn edges<B: GeneAttention<A>, A: ActSample>(dev: &B) {
     check(dev, &Case::dense(&[1], 1, 64));
