@@ -65,7 +65,7 @@ fn odd_sizes<B: Loss<A>, A: ActSample>(dev: &B) {
 fn rows_that_take_no_part<B: Loss<A>, A: ActSample>(dev: &B) {
     for (rows, columns, width) in [(140, 140, 72), (70, 200, 256)] {
         let mut want = stored::<A>(of_one_column(5, rows, columns, width));
-        let dead = |i: usize| i % 3 == 0 || (64..100).contains(&i);
+        let dead = |i: usize| i.is_multiple_of(3) || (64..100).contains(&i);
         (0..rows).filter(|i| dead(*i)).for_each(|i| want.weight[i] = 0.0);
         let mut holes = want.clone();
         (0..rows).filter(|i| dead(*i)).for_each(|i| holes.z[i * width..(i + 1) * width].fill(f32::NAN));
