@@ -135,11 +135,18 @@ DEVICE void wgmma_hold(float (&d)[TILES][4]) {
 #define D16(n) D4(n), D4(n + 1), D4(n + 2), D4(n + 3)
 #define D32(n) D16(n), D16(n + 4)
 #define D64(n) D32(n), D32(n + 8)
+#define D96(n) D64(n), D32(n + 16)
+#define D128(n) D64(n), D64(n + 16)
 #define R8(a, b, c, d, e, f, g, h) "%" #a ",%" #b ",%" #c ",%" #d ",%" #e ",%" #f ",%" #g ",%" #h
 #define FIRST32 R8(0, 1, 2, 3, 4, 5, 6, 7) "," R8(8, 9, 10, 11, 12, 13, 14, 15) "," R8(16, 17, 18, 19, 20, 21, 22, 23) "," \
   R8(24, 25, 26, 27, 28, 29, 30, 31)
 #define NEXT32 R8(32, 33, 34, 35, 36, 37, 38, 39) "," R8(40, 41, 42, 43, 44, 45, 46, 47) "," \
   R8(48, 49, 50, 51, 52, 53, 54, 55) "," R8(56, 57, 58, 59, 60, 61, 62, 63)
+#define FIRST16 R8(0, 1, 2, 3, 4, 5, 6, 7) "," R8(8, 9, 10, 11, 12, 13, 14, 15)
+#define THIRD32 R8(64, 65, 66, 67, 68, 69, 70, 71) "," R8(72, 73, 74, 75, 76, 77, 78, 79) "," \
+  R8(80, 81, 82, 83, 84, 85, 86, 87) "," R8(88, 89, 90, 91, 92, 93, 94, 95)
+#define LAST32 R8(96, 97, 98, 99, 100, 101, 102, 103) "," R8(104, 105, 106, 107, 108, 109, 110, 111) "," \
+  R8(112, 113, 114, 115, 116, 117, 118, 119) "," R8(120, 121, 122, 123, 124, 125, 126, 127)
 // `D` +f operands of d, then a, b, whether to add, and the immediates.
 #define WGMMA(N, D, NAMES, A, B, ADD, TA, TB)                                                                              \
   template <bool TRANSPOSED_A, bool TRANSPOSED_B>                                                                          \
@@ -159,8 +166,11 @@ DEVICE void wgmma_hold(float (&d)[TILES][4]) {
                  : D                                                                                                       \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(TRANSPOSED_B ? 1 : 0));               \
   }
+WGMMA(32, D16(0), FIRST16, 16, 17, 18, 19, 20)
 WGMMA(64, D32(0), FIRST32, 32, 33, 34, 35, 36)
 WGMMA(128, D64(0), FIRST32 "," NEXT32, 64, 65, 66, 67, 68)
+WGMMA(192, D96(0), FIRST32 "," NEXT32 "," THIRD32, 96, 97, 98, 99, 100)
+WGMMA(256, D128(0), FIRST32 "," NEXT32 "," THIRD32 "," LAST32, 128, 129, 130, 131, 132)
 WGMMA_FRAGMENT(64, D32(0), FIRST32, 32, 33, 34, 35, 36, 37, 38)
 WGMMA_FRAGMENT(128, D64(0), FIRST32 "," NEXT32, 64, 65, 66, 67, 68, 69, 70)
 #undef WGMMA

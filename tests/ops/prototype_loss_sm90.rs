@@ -21,6 +21,7 @@ on_hopper!(
     gradients_are_added_where_asked,
     a_nan_anywhere_reaches_the_loss,
     odd_sizes,
+    wide_rows,
     rows_that_take_no_part,
     one_column_of_some_mass,
     same_bits_for_any_order_of_blocks,
@@ -38,6 +39,11 @@ const SIZES: [(usize, usize, usize); 8] = [
     (20, 500, 256),
     (450, 129, 16),
 ];
+
+/// Wider than 256: resident tiles of 64; streamed ones of 64 up to width 512, of 32 beyond, where two blocks share the columns of O.
+/// Stages used again, several splits of either pass; beyond 768 the portable kernels.
+const WIDE_SIZES: [(usize, usize, usize); 6] =
+    [(65, 193, 264), (20, 500, 512), (140, 131, 520), (40, 300, 768), (300, 40, 768), (9, 130, 1152)];
 
 /// Every per-column array, uneven scales, a mass below 1 and rows without a label.
 fn of_one_column(seed: u64, rows: usize, columns: usize, width: usize) -> Case {
@@ -61,17 +67,28 @@ fn odd_sizes<B: Loss<A>, A: ActSample>(dev: &B) {
     }
 }
 
+fn wide_rows<B: Loss<A>, A: ActSample>(dev: &B) {
+    for (seed, (rows, columns, width)) in WIDE_SIZES.into_iter().enumerate() {
+        let case = stored::<A>(of_one_column(seed as u64, rows, columns, width));
+        check::<B, A>(dev, &case, &format!("{rows}×{columns}×{width}"));
+    }
+}
+
 /// They hold NaN, in whole tiles and between others, and neither pass may notice.
 fn rows_that_take_no_part<B: Loss<A>, A: ActSample>(dev: &B) {
-    for (rows, columns, width) in [(140, 140, 72), (70, 200, 256)] {
-        let mut want = stored::<A>(of_one_column(5, rows, columns, width));
-        let dead = |i: usize| i.is_multiple_of(3) || (64..100).contains(&i);
-        (0..rows).filter(|i| dead(*i)).for_each(|i| want.weight[i] = 0.0);
-        let mut holes = want.clone();
-        (0..rows).filter(|i| dead(*i)).for_each(|i| holes.z[i * width..(i + 1) * width].fill(f32::NAN));
-        let got = run::<B, A>(dev, &holes);
-        assert_kept::<B, A>(dev, &holes, &got, &oracle(&want), &format!("NaN in {rows}×{columns}×{width}"));
+    for (rows, columns, width) in [(140, 140, 72), (70, 200, 256), (140, 130, 264), (70, 129, 768)] {
+        holes_of_nan::<B, A>(dev, rows, columns, width);
     }
+}
+
+fn holes_of_nan<B: Loss<A>, A: ActSample>(dev: &B, rows: usize, columns: usize, width: usize) {
+    let mut want = stored::<A>(of_one_column(5, rows, columns, width));
+    let dead = |i: usize| i.is_multiple_of(3) || (64..100).contains(&i);
+    (0..rows).filter(|i| dead(*i)).for_each(|i| want.weight[i] = 0.0);
+    let mut holes = want.clone();
+    (0..rows).filter(|i| dead(*i)).for_each(|i| holes.z[i * width..(i + 1) * width].fill(f32::NAN));
+    let got = run::<B, A>(dev, &holes);
+    assert_kept::<B, A>(dev, &holes, &got, &oracle(&want), &format!("NaN in {rows}×{columns}×{width}"));
 }
 
 fn one_column_of_some_mass<B: Loss<A>, A: ActSample>(dev: &B) {
@@ -84,9 +101,11 @@ fn one_column_of_some_mass<B: Loss<A>, A: ActSample>(dev: &B) {
 }
 
 fn same_bits_for_any_order_of_blocks<B: Loss<A>, A: ActSample>(dev: &B) {
-    let case = stored::<A>(of_one_column(7, 200, 600, 72));
-    let [one, two, three] = by_threads(|| run::<B, A>(dev, &case));
-    assert!(one == two && one == three);
+    for (rows, columns, width) in [(200, 600, 72), (70, 520, 520)] {
+        let case = stored::<A>(of_one_column(7, rows, columns, width));
+        let [one, two, three] = by_threads(|| run::<B, A>(dev, &case));
+        assert!(one == two && one == three);
+    }
 }
 
 /// The same bits from schedule to schedule, which is also from one order of warps to another.
@@ -94,9 +113,11 @@ fn same_bits_for_any_order_of_blocks<B: Loss<A>, A: ActSample>(dev: &B) {
 #[test]
 fn same_bits_in_every_schedule() {
     use cellrefine::cuda::Schedule;
-    let case = stored::<half::bf16>(of_one_column(8, 150, 300, 136));
-    let [late, reversed, eager] = Schedule::ALL.map(|s| run::<_, half::bf16>(&crate::hopper(s), &case));
-    assert!(late == reversed && late == eager);
+    for (rows, columns, width) in [(150, 300, 136), (70, 300, 520)] {
+        let case = stored::<half::bf16>(of_one_column(8, rows, columns, width));
+        let [late, reversed, eager] = Schedule::ALL.map(|s| run::<_, half::bf16>(&crate::hopper(s), &case));
+        assert!(late == reversed && late == eager);
+    }
 }
 
 /// A few cases that pass through every path of the kernels, quick enough to be run for every fault of the mutants.
@@ -104,24 +125,34 @@ fn same_bits_in_every_schedule() {
 mod faults {
     use super::*;
 
-    on_hopper!(one_of_each);
+    mod up_to_256 {
+        use super::*;
 
-    fn one_of_each<B: Loss<A>, A: ActSample>(dev: &B) {
-        for (rows, columns, width) in [(70, 140, 72), (130, 520, 136), (520, 130, 136)] {
-            let case = stored::<A>(Case::new(81, rows, columns, width));
-            check::<B, A>(dev, &case, &format!("one-hot {rows}×{columns}×{width}"));
+        on_hopper!(one_of_each);
+
+        fn one_of_each<B: Loss<A>, A: ActSample>(dev: &B) {
+            for (rows, columns, width) in [(70, 140, 72), (130, 520, 136), (520, 130, 136)] {
+                let case = stored::<A>(Case::new(81, rows, columns, width));
+                check::<B, A>(dev, &case, &format!("one-hot {rows}×{columns}×{width}"));
+            }
+            holes_of_nan::<B, A>(dev, 140, 140, 72);
+            holes_of_nan::<B, A>(dev, 70, 200, 256);
         }
-        rows_that_take_no_part::<B, A>(dev);
+        mutants!("prototype_loss_sm90");
     }
 
-    #[test]
-    fn are_caught() {
-        crate::common::mutants::each_is_caught("prototype_loss_sm90", "prototype_loss_sm90::faults::");
-    }
+    mod wide {
+        use super::*;
 
-    #[test]
-    #[ignore = "runs every kernel again under ASan and UBSan: cargo test --release sanitizers -- --ignored"]
-    fn sanitizers_are_silent() {
-        crate::common::mutants::sanitizers_are_silent("prototype_loss_sm90", "prototype_loss_sm90::faults::");
+        on_hopper!(one_of_each);
+
+        fn one_of_each<B: Loss<A>, A: ActSample>(dev: &B) {
+            for (rows, columns, width) in [(70, 300, 264), (300, 140, 264), (40, 200, 520)] {
+                let case = stored::<A>(Case::new(81, rows, columns, width));
+                check::<B, A>(dev, &case, &format!("one-hot {rows}×{columns}×{width}"));
+            }
+            holes_of_nan::<B, A>(dev, 140, 130, 520);
+        }
+        mutants!("prototype_loss_wide_sm90");
     }
 }

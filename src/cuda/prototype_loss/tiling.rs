@@ -78,7 +78,7 @@ pub(in crate::cuda) fn most_bytes<A: Act>(rows: usize, columns: usize, width: us
         resident.max((resident * splits).min(BLOCKS * own))
     };
     let split = |resident: usize, streamed: usize| {
-        let hopper = hopper::fits::<A>(width).then(|| hopper::most_rows(resident, streamed));
+        let hopper = hopper::fits::<A>(width).then(|| hopper::most_rows(resident, streamed, width));
         portable(resident, streamed).max(hopper.unwrap_or(0))
     };
     let (forward, backward) = (split(rows, columns), split(columns, rows));
