@@ -15,8 +15,9 @@
 //   D ≤ 512              1   64    256   64 + 2·64 + 2·8 KB and 3 of parameters: 211 KB  128
 //   D ≤ 768              2   32    192   96 + 2·48 + 2·8 KB and 2:               210 KB  96
 //
-// All threads have 168 registers. ptxas takes no more accumulators than a thread has at the start, whatever setmaxnreg says later
-// (C7512, C7602), so four warpgroups, of 128 each, cannot hold 3·256 columns.
+// All threads have 168 registers. Three groups of 256 columns do not go: ptxas wants 154 registers for such a product (C7602), and
+// 3·160 of a lane's 512 leave 32 for group 0. Two groups of 384 nearly do: from 224 registers on (C7512 below), which leaves 56 for group
+// 0; the first pass then spills 56 bytes. That would make S once for D = 768: 1536 clocks of products, 2144 of shared memory.
 //
 // Per tile and block, in clocks of an SM (products at 4096 FLOP; shared memory at 128 B: S's operands, O's, the copy, W):
 //   D = 512   2·2·64·64·512 FLOP: 2048;             (32·4 + 2·4·10 + 64 + 8) KB: 2240;  64 KB from the second-level cache: 29 B a clock
