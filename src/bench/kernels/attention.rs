@@ -3,7 +3,7 @@
 //! Checked for a few rows of a few cells and heads. The oracle of the backward pass takes o and lse as the forward pass of the
 //! same device left them, which its own rows check: one row of a gradient then costs one pass over the cell.
 
-use super::{About, Expected, Kernel, KernelCase, Make, spread, starts, wide};
+use super::{About, Expected, Kernel, KernelCase, Make, check, spread, starts, wide};
 use crate::bench::random;
 use crate::device::{Act, Device, Dropout};
 use crate::error::Result;
@@ -238,6 +238,7 @@ impl<B: Backend<A>, A: Act> Kernel for Attention<B, A> {
             flop: if self.backward { backward } else { forward },
             bytes: if self.backward { 8.0 } else { 4.0 } * nd,
             act: A::NAME,
+            bound: check::rounded_inside::<A>(),
             small: false,
         }
     }

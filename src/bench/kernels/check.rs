@@ -13,10 +13,18 @@ use crate::error::{Error, Result};
 use crate::ops::Backend;
 use serde_json::{Value, json};
 
-/// Largest error, as a share of the largest magnitude: f32 sums in another order; bf16 products whose factors were rounded
-/// once more on the way (probabilities, gradients of scores).
+/// Largest error, as a share of the largest magnitude, of f32 sums in another order.
 const F32_BOUND: f64 = 2e-4;
-const BF16_BOUND: f64 = 2e-2;
+
+/// Of results that are rounded to the activation type when they are stored, and perhaps once before: two of bf16's 2⁻⁹.
+pub(super) fn rounded_once<A: Act>() -> f64 {
+    if A::IS_F32 { F32_BOUND } else { 8e-3 }
+}
+
+/// Of results of two products, between which probabilities or gradients of scores are rounded to bf16.
+pub(super) fn rounded_inside<A: Act>() -> f64 {
+    if A::IS_F32 { F32_BOUND } else { 2e-2 }
+}
 
 /// What is asked of a result besides being right.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -39,7 +47,7 @@ impl Trial {
         index: usize,
         kernel: &mut dyn Kernel,
     ) -> Result<Value> {
-        let bound = bound(kernel.about().act);
+        let bound = kernel.about().bound;
         kernel.run()?;
         let got = kernel.outputs()?;
         let (max_err, mut why) = held(&got, &kernel.expected()?, bound);
@@ -77,10 +85,6 @@ impl Trial {
 /// Not where the error is NaN.
 fn within(error: f64, limit: f64) -> bool {
     error <= limit
-}
-
-fn bound(act: &str) -> f64 {
-    if act == f32::NAME { F32_BOUND } else { BF16_BOUND }
 }
 
 /// The same kernel's results on another device.

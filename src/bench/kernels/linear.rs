@@ -1,6 +1,6 @@
 //! Linear layers of the encoder: three products each, at the four shapes of a layer.
 
-use super::{About, Expected, Kernel, KernelCase, Make};
+use super::{About, Expected, Kernel, KernelCase, Make, check};
 use crate::bench::random;
 use crate::device::{Act, Device};
 use crate::error::Result;
@@ -112,6 +112,7 @@ impl<B: Backend<A>, A: Act> Kernel for Linear<B, A> {
             flop: 2.0 * rows as f64 * w,
             bytes: e * (x + y) + weight_bytes * w,
             act: A::NAME,
+            bound: check::rounded_once::<A>(),
             small: false,
         }
     }

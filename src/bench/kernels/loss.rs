@@ -2,7 +2,7 @@
 //!
 //! The oracle of the column gradients takes lse as the first pass of the same device left it, which that pass's own rows check.
 
-use super::{About, Expected, Kernel, KernelCase, Make, spread, wide};
+use super::{About, Expected, Kernel, KernelCase, Make, check, spread, wide};
 use crate::bench::random;
 use crate::device::{Act, Device};
 use crate::error::Result;
@@ -217,6 +217,7 @@ impl<B: PrototypeLoss<A>, A: Act> Kernel for Loss<B, A> {
             flop,
             bytes: if self.backward { e * (z + column) + 8.0 * column } else { e * (2.0 * z + column) },
             act: A::NAME,
+            bound: check::rounded_inside::<A>(),
             small: rows * columns < SMALL,
         }
     }

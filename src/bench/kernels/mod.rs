@@ -64,6 +64,8 @@ pub struct About {
     pub bytes: f64,
     /// Type of the activations.
     pub act: &'static str,
+    /// Largest error, as a share of the largest magnitude.
+    pub bound: f64,
     /// A few launches' worth of work: also timed as a graph.
     pub small: bool,
 }

@@ -1,6 +1,6 @@
 //! The ops that only move memory: pooling, unit rows, AdamW, sums.
 
-use super::{About, Expected, Kernel, KernelCase, Make, spread, starts, wide};
+use super::{About, Expected, Kernel, KernelCase, Make, check, spread, starts, wide};
 use crate::bench::random;
 use crate::device::{Act, Device, Len};
 use crate::error::Result;
@@ -86,6 +86,7 @@ impl<B: Backend<A>, A: Act> Kernel for Pool<B, A> {
             flop: 0.0,
             bytes: ((size_of::<A>() * tokens + 4 * cells) * width) as f64,
             act: A::NAME,
+            bound: check::rounded_once::<A>(),
             small: false,
         }
     }
@@ -172,6 +173,7 @@ impl<B: normalize::Normalize> Kernel for Normalize<B> {
             flop: 0.0,
             bytes: (4 * rows * width * if self.backward { 3 } else { 2 }) as f64,
             act: f32::NAME,
+            bound: check::rounded_once::<f32>(),
             small: false,
         }
     }
@@ -245,6 +247,7 @@ impl<B: Backend<A>, A: Act> Kernel for AdamW<B, A> {
             flop: 0.0,
             bytes: (len * (28 + if A::IS_F32 { 0 } else { size_of::<A>() })) as f64,
             act: A::NAME,
+            bound: check::rounded_once::<A>(),
             small: false,
         }
     }
@@ -309,6 +312,7 @@ impl<B: reduce::Reduce> Kernel for SumSquares<B> {
             flop: 0.0,
             bytes: 4.0 * self.host.len() as f64,
             act: f32::NAME,
+            bound: check::rounded_once::<f32>(),
             small: false,
         }
     }
