@@ -112,6 +112,14 @@ mod faults {
         let mut narrow = Case::dense(&[256, 400], 1, 64).sparse(1, 1);
         narrow.flags = Some(vec![0; 656]);
         check(dev, &narrow);
+        // A tile of which all pairs attend but its farthest.
+        let mut near = Case::dense(&[256], 1, 64).sparse(126, 1);
+        near.flags = Some(vec![0; 256]);
+        check(dev, &near);
+        // A tile of global tokens and one ordinary one.
+        let mut global = Case::dense(&[300], 1, 64).sparse(1, 1);
+        global.flags = Some((0..300).map(|i| u8::from(i < 127)).collect());
+        check(dev, &global);
     }
 
     mod forward {
