@@ -3,7 +3,7 @@
 //! The floor of an op is the larger of its FLOPs over the measured arithmetic peak and its bytes (each operand read once, each
 //! result written once) over the measured copy bandwidth; `fraction_of_peak` is floor time over measured time. Working sets
 //! that fit a cache can pass a bandwidth floor: then the fraction is above 1 (on a GPU the cache is cold, see
-//! [`clock`](super::clock)).
+//! [`clock`]).
 //!
 //! A [`Kernel`] is one op with its buffers. Outputs start as NaN; after the first run every element has to be a number, and a
 //! sample of them has to agree with f64 written out beside each op. On request the op also runs again from the start, many
