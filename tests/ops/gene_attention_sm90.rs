@@ -112,9 +112,9 @@ mod faults {
         let mut narrow = Case::dense(&[256, 400], 1, 64).sparse(1, 1);
         narrow.flags = Some(vec![0; 656]);
         check(dev, &narrow);
-        // A tile of which all pairs attend but its farthest.
-        let mut near = Case::dense(&[256], 1, 64).sparse(126, 1);
-        near.flags = Some(vec![0; 256]);
+        // Rows 0 to 63 with the tile 0 to 127: all pairs attend but the farthest.
+        let mut near = Case::dense(&[190], 1, 64).sparse(126, 1);
+        near.flags = Some(vec![0; 190]);
         check(dev, &near);
         // A tile of global tokens and one ordinary one.
         let mut global = Case::dense(&[300], 1, 64).sparse(1, 1);
