@@ -86,7 +86,7 @@ DEVICE bool meet_all(const Batch& batch, int start, int length, int globals, int
 
 // Marker-sparse: a lane's two rows as ranges of tokens, so that a pair costs a subtraction and a comparison: token - lowest, without
 // sign, is at most `reach`. Columns behind the cell's end are NO_TOKEN, which no row reaches.
-constexpr unsigned NO_TOKEN = 0x80000000u;
+constexpr unsigned NO_TOKEN = 0x40000000u;
 struct Reach {
   unsigned lowest[2], reach[2];
   __device__ __forceinline__ Reach(const Batch& batch, int start, int length, int globals, int row) {
