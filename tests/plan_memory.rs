@@ -102,6 +102,7 @@ fn a_run_allocates_what_plan_says() {
         });
     };
     refine("refine", true, &[]);
+    refine("adapters", true, &["lora.rank=4", "lora.targets=attention"]);
     refine("label-free", false, &["objective.mlm=0"]);
     let inputs = case.inputs("finetune", Some("refine"), true, &["train.precision=bf16"]);
     case.check("finetune", Stage::Finetune, &inputs, || {

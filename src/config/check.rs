@@ -24,6 +24,12 @@ impl Settings {
         for (name, value) in below_one {
             require((0.0..1.0).contains(&value), name, value, "0 or above and below 1")?;
         }
+        require(
+            self.lora.alpha.is_finite() && self.lora.alpha > 0.0,
+            "lora.alpha",
+            self.lora.alpha,
+            "a finite number above 0",
+        )?;
         require(o.eps.is_finite() && o.eps > 0.0, "optimizer.eps", o.eps, "a finite number above 0")?;
         let shares = [
             ("mask.probability", m.probability),

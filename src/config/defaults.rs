@@ -115,6 +115,7 @@ impl Settings {
                 head: HeadStart::Prototypes,
                 freeze_layers: 0,
             },
+            lora: LoraSettings { rank: 0, alpha: 16.0, targets: LoraTargets::All },
             objective: ObjectiveConfig::default(),
             model: match stage {
                 Stage::Pretrain => ModelSettings::of(model),

@@ -35,6 +35,8 @@ pub struct Settings {
     pub mask: MaskSettings,
     /// The classifier of `finetune`.
     pub finetune: FinetuneSettings,
+    /// Adapters of `refine` and `finetune`.
+    pub lora: LoraSettings,
     /// Terms of the refine loss, prototypes and class balance.
     pub objective: ObjectiveConfig,
     /// The encoder. `pretrain` builds it; later stages take its sizes from the checkpoint and refuse to change them.
@@ -179,4 +181,28 @@ pub struct FinetuneSettings {
     pub head: HeadStart,
     /// Encoder layers, from the input, that do not train; with 1 or more the embeddings do not train either.
     pub freeze_layers: usize,
+}
+
+/// Which projections of a layer have adapters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LoraTargets {
+    /// Attention and feed-forward: query, key, value, output, up, down.
+    All,
+    /// Query, key, value, output.
+    Attention,
+    /// Up, down.
+    FeedForward,
+}
+
+/// Low-rank adapters: with a rank, they alone learn in the encoder.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LoraSettings {
+    /// r; 0 = no adapters, all weights learn.
+    pub rank: usize,
+    /// α: the adapters' product is scaled by α/r.
+    pub alpha: f64,
+    /// Where they stand.
+    pub targets: LoraTargets,
 }

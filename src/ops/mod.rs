@@ -31,6 +31,7 @@ pub trait Backend<A: Act>:
     + embed::Embed<A>
     + layernorm::LayerNorm<A>
     + linear::Linear<A>
+    + linear::Linear<f32>
     + gene_attention::GeneAttention<A>
     + rows::Rows<A>
     + pool::Pool<A>
@@ -50,6 +51,7 @@ impl<A: Act, B> Backend<A> for B where
         + embed::Embed<A>
         + layernorm::LayerNorm<A>
         + linear::Linear<A>
+        + linear::Linear<f32>
         + gene_attention::GeneAttention<A>
         + rows::Rows<A>
         + pool::Pool<A>

@@ -137,7 +137,8 @@ pub fn verify(place: &Path) -> Result<Value> {
     };
     let files = manifest["files"].as_object().ok_or_else(|| broken(MANIFEST, "lists no files"))?;
     for (name, entry) in files {
-        if name.contains('/') {
+        let plain = |c| matches!(c, std::path::Component::Normal(_));
+        if !Path::new(name).components().all(plain) {
             return Err(broken(MANIFEST, "names a file outside the checkpoint").found(name));
         }
         let path = place.join(name);
@@ -168,20 +169,31 @@ pub fn read_manifest(place: &Path) -> Result<Value> {
 /// Syncs every file of `folder`, writes its manifest, syncs that and the folder.
 fn seal(folder: &Path, mut record: Value) -> Result<()> {
     let mut files = serde_json::Map::new();
-    let mut names: Vec<PathBuf> = fs::read_dir(folder)
-        .map_err(|e| Error::io(folder, "list the checkpoint", &e))?
-        .filter_map(|entry| entry.ok().map(|e| e.path()))
-        .collect();
-    names.sort();
-    for path in names {
+    for path in files_below(folder)? {
         sync(&path)?;
         let bytes = fs::metadata(&path).map_err(|e| Error::io(&path, "read", &e))?.len();
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let name = path.strip_prefix(folder).unwrap_or(&path).to_string_lossy().into_owned();
         files.insert(name, serde_json::json!({"bytes": bytes, "sha256": sha256(&path)?}));
     }
     record["files"] = Value::Object(files);
     write_synced(&folder.join(MANIFEST), format!("{record:#}\n").as_bytes())?;
     sync(folder)
+}
+
+/// All files in and below `folder`, sorted; the folders between are synced.
+fn files_below(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(folder).map_err(|e| Error::io(folder, "list the checkpoint", &e))? {
+        let path = entry.map_err(|e| Error::io(folder, "list the checkpoint", &e))?.path();
+        if path.is_dir() {
+            files.extend(files_below(&path)?);
+            sync(&path)?;
+        } else {
+            files.push(path);
+        }
+    }
+    files.sort();
+    Ok(files)
 }
 
 /// Writes `path` by temporary file, sync and rename.

@@ -8,6 +8,7 @@
 //! | [`refine`], [`refine_start`] | prototypes beside masked genes; teacher, targets and first prototypes |
 //! | [`inputs`], [`stages`] | what a stage opens; one call per stage |
 //! | [`run`] | the loop: steps, bad steps, evaluation, checkpoints, signals |
+//! | [`lora`], [`lora_file`] | low-rank adapters folded into the weights; the files that PEFT reads |
 //! | [`optimizer`], [`schedule`] | AdamW over ranges of flat stores; warm-up and decay |
 //! | [`folder`], [`state`] | run folders that survive any kill; what a resumed run finds again |
 //! | [`record`] | what a logged step says and how fast it went |
@@ -16,6 +17,8 @@
 pub mod finetune;
 pub mod folder;
 pub mod inputs;
+pub mod lora;
+pub mod lora_file;
 pub mod observer;
 pub mod optimizer;
 pub mod plan;

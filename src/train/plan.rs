@@ -4,9 +4,11 @@
 //! their sum is what the run allocates, to the byte. What kernels work in is estimated and stated apart. FLOPs are counted as in
 //! [`flops`]: real tokens and Σ len² of the corpus where there is one, otherwise cells of full length.
 
+use super::lora::Adapters;
 use super::optimizer::{Moments, SLOTS};
 use super::pretrain::masking;
-use super::trunk::step_sizes;
+use super::stages::learns_below;
+use super::trunk::{adapter_layout, step_sizes};
 use super::{finetune, refine};
 use crate::config::{Precision, Settings, Stage};
 use crate::corpus::Corpus;
@@ -110,7 +112,19 @@ fn plan_for<A: Act>(case: &PlanCase<'_>) -> Result<Plan> {
     let layout = Layout::network(config);
     group("weights", &mut |l| Parameters::<Paper, A>::planned(l, config).map(drop))?;
     group("gradients", &mut |l| Store::<Paper, f32>::planned(l, "gradients", &layout).map(drop))?;
-    group("moments", &mut |l| Moments::planned(l, "the network", layout.len()).map(drop))?;
+    let depth = config.depth(config.layer)?;
+    let frozen = if case.stage == Stage::Finetune { settings.finetune.freeze_layers } else { 0 };
+    let adapters = adapter_layout(&layout, settings, |p| learns_below(p, depth, frozen))?;
+    if let Some(adapters) = &adapters {
+        group("adapters", &mut |l| Adapters::planned(l, adapters.clone()).map(drop))?;
+    }
+    group("moments", &mut |l| {
+        match &adapters {
+            Some(adapters) => Moments::planned(l, "the adapters", adapters.len()),
+            None => Moments::planned(l, "the network", layout.len()),
+        }
+        .map(drop)
+    })?;
     let recompute = settings.train.recompute;
     group("activations", &mut |l| {
         Activations::<Paper, A>::training(l, config, capacity, recompute).map(drop)
@@ -163,7 +177,6 @@ fn plan_for<A: Act>(case: &PlanCase<'_>) -> Result<Plan> {
         pairs: (mean_pairs * step_cells) as u64,
         masked: (masked * mean_tokens * step_cells) as u64,
     };
-    let depth = config.depth(config.layer)?;
     let masked_pass = flops::training(config, config.layers, work(settings.mask.probability));
     let flop_per_step = match case.stage {
         Stage::Pretrain => masked_pass,

@@ -10,6 +10,7 @@
 mod settle;
 
 use super::folder::{RunFolder, verify};
+use super::lora_file;
 use super::observer::{Flow, Observer};
 use super::optimizer::{Group, squared_norm, update};
 use super::record::{Meter, Writers};
@@ -41,6 +42,8 @@ pub struct Session<'a> {
     pub settings: Settings,
     /// Digests of the inputs: a resumed run must meet the same.
     pub identity: Value,
+    /// Model folder that the run started from, for the record of its adapters.
+    pub start: Option<PathBuf>,
     /// Bytes of the vocabulary file, copied into every checkpoint.
     pub vocabulary: Option<Vec<u8>>,
     /// Checkpoint to continue from, already verified.
@@ -269,7 +272,13 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
     fn norm(&mut self) -> Result<Later<f64>> {
         let _range = trace::range("optimizer");
         let trunk = &mut *self.trunk;
-        let mut gradients = vec![(trunk.grads.flat(), trunk.params.layout().len())];
+        let mut gradients = match &mut trunk.adapters {
+            Some(adapters) => {
+                adapters.gradients(&trunk.dev, trunk.grads.flat())?;
+                vec![(adapters.grad(), adapters.layout().len())]
+            }
+            None => vec![(trunk.grads.flat(), trunk.params.layout().len())],
+        };
         let own = self.task.own();
         if let Some(own) = &own {
             gradients.push((&*own.grad, own.len));
@@ -285,16 +294,27 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
         let (optimizer, accumulated) = (&self.settings.optimizer, self.settings.train.accumulate);
         let factor = self.schedule.factor(step - 1);
         let t = self.state.updates as u32 + 1;
-        let network = trunk.params.update();
-        let group = Group {
-            weight: network.weight,
-            copy: network.copy,
-            grad: trunk.grads.flat(),
-            moments: &mut trunk.moments,
-            spans: &trunk.spans,
-            learning_rate: optimizer.learning_rate * factor,
-        };
-        update::<A, B>(&trunk.dev, optimizer, t, accumulated, group, &trunk.scalars)?;
+        let learning_rate = optimizer.learning_rate * factor;
+        let Trunk { dev, params, grads, moments, spans, adapters, scalars, .. } = trunk;
+        match adapters {
+            Some(adapters) => {
+                let when = (t, accumulated);
+                adapters.update::<A>(dev, optimizer, learning_rate, when, moments, scalars)?;
+                adapters.fold::<A>(dev, params)?;
+            }
+            None => {
+                let network = params.update();
+                let group = Group {
+                    weight: network.weight,
+                    copy: network.copy,
+                    grad: grads.flat(),
+                    moments,
+                    spans,
+                    learning_rate,
+                };
+                update::<A, B>(dev, optimizer, t, accumulated, group, scalars)?;
+            }
+        }
         if let Some(own) = self.task.own() {
             let group = Group {
                 weight: own.weight,
@@ -304,7 +324,7 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
                 spans: own.spans,
                 learning_rate: own.learning_rate * factor,
             };
-            update::<A, B>(&trunk.dev, optimizer, t, accumulated, group, &trunk.scalars)?;
+            update::<A, B>(dev, optimizer, t, accumulated, group, scalars)?;
         }
         Ok(())
     }
@@ -341,6 +361,10 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
             let vocabulary = session.vocabulary.as_deref();
             checkpoint::write_model(&trunk.dev, folder, config, layout, trunk.params.master(), vocabulary)?;
             task.save(&trunk.dev, folder, config)?;
+            if let Some(adapters) = &trunk.adapters {
+                adapters.save(&trunk.dev, folder)?;
+                lora_file::write(&trunk.dev, folder, adapters, session.start.as_deref())?;
+            }
             save_moments(folder, trunk, task)
         })?;
         if best {
@@ -396,7 +420,7 @@ fn save_moments<B: Backend<A>, A: Act>(
     task: &mut dyn Task<B, A>,
 ) -> Result<()> {
     let own = task.own();
-    let mut moments = vec![("network", &trunk.moments)];
+    let mut moments = vec![(trunk.learner(), &trunk.moments)];
     if let Some(own) = &own {
         moments.push((own.name, &*own.moments));
     }
@@ -414,8 +438,11 @@ fn restore<B: Backend<A>, A: Act>(
 ) -> Result<LoopState> {
     let state = LoopState::read(&verify(place)?, &session.identity, place)?;
     task.restore(&trunk.dev, place)?;
+    if let Some(adapters) = &mut trunk.adapters {
+        adapters.restore(&trunk.dev, place)?;
+    }
     let own = task.own();
-    let mut moments = vec![("network", &mut trunk.moments)];
+    let mut moments = vec![(trunk.learner(), &mut trunk.moments)];
     if let Some(own) = own {
         moments.push((own.name, own.moments));
     }

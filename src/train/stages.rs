@@ -33,6 +33,11 @@ use serde_json::json;
 /// Usage (2), input (3), environment (4), interrupted after a checkpoint (5), numerical (6).
 pub fn pretrain(inputs: &RunInputs, observer: &mut dyn Observer) -> Result<RunSummary> {
     let opened = open(Stage::Pretrain, inputs, SplitRule::All, observer)?;
+    if opened.settings.lora.rank > 0 {
+        return Err(Error::usage("adapters are for refine and finetune")
+            .found(format!("lora.rank = {}", opened.settings.lora.rank))
+            .next("leave lora.rank out"));
+    }
     let precision = opened.settings.train.precision;
     on_backend!(inputs.device, precision, |dev: B, A| pretrain_on::<B, A>(dev, opened, inputs, observer))
 }
@@ -150,8 +155,7 @@ fn refine_on<B: Backend<A> + Ceiling, A: Act>(
     }
     let depth = opened.config.depth(opened.config.layer)?;
     let mlm = settings.objective.mlm > 0.0;
-    let mut trunk =
-        trunk::<B, A>(dev, &opened, |p| learns_below(p, depth, 0) || (mlm && p.name.starts_with("head.")))?;
+    let mut trunk = trunk::<B, A>(dev, &opened, |p| learns_below(p, depth, 0) || (mlm && is_head(p)))?;
     let Started { parts, first } =
         start(&mut trunk, &opened, inputs, &markers, &training, labelled, observer)?;
     let mut task = Refine::new(&trunk, parts, &settings.mask)?;
@@ -188,12 +192,17 @@ fn digest_of(markers: &MarkerSets) -> String {
 
 /// Does this parameter take part in a cell vector from the first `depth` layers, of which the first `frozen` do not learn?
 /// What has no gradient must not decay either.
-fn learns_below(parameter: &Parameter, depth: usize, frozen: usize) -> bool {
+pub(super) fn learns_below(parameter: &Parameter, depth: usize, frozen: usize) -> bool {
     let name = parameter.name.as_str();
     match name.strip_prefix("layer.").and_then(|rest| rest.split('.').next()?.parse::<usize>().ok()) {
         Some(layer) => (frozen..depth).contains(&layer),
         None => frozen == 0 && !name.starts_with("head."),
     }
+}
+
+/// Does it belong to the masked-gene head?
+fn is_head(parameter: &Parameter) -> bool {
+    parameter.name.starts_with("head.")
 }
 
 /// The trunk with random weights, those of the checkpoint, or those of the checkpoint to resume from.
@@ -207,7 +216,11 @@ fn trunk<B: Backend<A>, A: Act>(
         Some(folder) => checkpoint::load::<B, A>(dev, folder, LoadOptions::default())?.1,
         None => Parameters::random(dev, config, settings.seed)?,
     };
-    Trunk::new(dev, config, params, opened.corpus.clone(), settings, learns)
+    let mut trunk = Trunk::new(dev, config, params, opened.corpus.clone(), settings, learns)?;
+    if let Some(adapters) = &mut trunk.adapters {
+        adapters.start(dev, &trunk.params, settings.seed)?;
+    }
+    Ok(trunk)
 }
 
 #[allow(clippy::too_many_arguments)] // the parts of one run, each built by its stage
@@ -231,6 +244,7 @@ fn finish<B: Backend<A> + Ceiling, A: Act>(
         folder,
         settings: opened.settings,
         identity,
+        start: opened.start,
         vocabulary: Some(opened.vocab_file),
         resume: opened.resume,
         resume_command: inputs.resume_command.clone(),

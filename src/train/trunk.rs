@@ -4,6 +4,7 @@
 //! gradients of the parts add up. Dropout and masks are drawn by the token's place in the logical batch, so the cut changes
 //! memory and nothing else.
 
+use super::lora::{AdapterLayout, Adapters};
 use super::optimizer::{Moments, SLOTS, Span, spans};
 use crate::config::Settings;
 use crate::corpus::{Batch, BatchOptions, Corpus};
@@ -14,7 +15,7 @@ use crate::model::heads::Masking;
 use crate::model::ledger::Ledger;
 use crate::model::weights::Parameter;
 use crate::model::{
-    Activations, Capacity, CellVectors, DeviceBatch, Encoder, ModelConfig, Parameters, Pass, Store,
+    Activations, Capacity, CellVectors, DeviceBatch, Encoder, Layout, ModelConfig, Parameters, Pass, Store,
 };
 use crate::ops::Backend;
 use crate::ops::gene_attention::Pattern;
@@ -67,10 +68,12 @@ pub struct Trunk<B: Backend<A>, A: Act> {
     pub params: Parameters<B, A>,
     /// Gradients.
     pub grads: Store<B, f32>,
-    /// Moments.
+    /// Moments of what learns: of all weights, or of the adapters.
     pub moments: Moments<B>,
-    /// What learns.
+    /// What learns, where all weights may.
     pub spans: Vec<Span>,
+    /// What learns instead under `lora.rank`.
+    pub adapters: Option<Adapters<B>>,
     /// Activations of one part.
     pub acts: Activations<B, A>,
     /// The part on the device.
@@ -102,10 +105,17 @@ impl<B: Backend<A>, A: Act> Trunk<B, A> {
         let capacity = capacity(&options, settings);
         let mut ledger = Ledger::new(dev);
         let layout = params.layout();
+        let adapters = adapter_layout(layout, settings, &learns)?
+            .map(|layout| Adapters::planned(&mut ledger, layout))
+            .transpose()?;
         Ok(Trunk {
             grads: Store::planned(&mut ledger, "gradients", layout)?,
-            moments: Moments::planned(&mut ledger, "the network", layout.len())?,
+            moments: match &adapters {
+                Some(a) => Moments::planned(&mut ledger, "the adapters", a.layout().len())?,
+                None => Moments::planned(&mut ledger, "the network", layout.len())?,
+            },
             spans: spans(layout, learns),
+            adapters,
             acts: Activations::training(&mut ledger, config, capacity, settings.train.recompute)?,
             part: DeviceBatch::planned(&mut ledger, config, capacity)?,
             next: DeviceBatch::planned(&mut ledger, config, capacity)?,
@@ -133,6 +143,10 @@ impl<B: Backend<A>, A: Act> Trunk<B, A> {
     /// The network's configuration.
     pub fn config(&self) -> &ModelConfig {
         &self.encoder.config
+    }
+    /// What the moments on disk belong to.
+    pub fn learner(&self) -> &'static str {
+        if self.adapters.is_some() { "adapters" } else { "network" }
     }
     /// Largest part.
     pub fn capacity(&self) -> Capacity {
@@ -215,6 +229,15 @@ pub fn work(config: &ModelConfig, batch: &Batch, masked: usize) -> Work {
     };
     work.masked = masked as u64;
     work
+}
+
+/// The adapters of a run, where its settings ask for some.
+pub(super) fn adapter_layout(
+    layout: &Layout,
+    settings: &Settings,
+    learns: impl Fn(&Parameter) -> bool,
+) -> Result<Option<AdapterLayout>> {
+    (settings.lora.rank > 0).then(|| AdapterLayout::of(layout, &settings.lora, learns)).transpose()
 }
 
 /// The largest sizes of a run over parts of `capacity` and logical batches of `batch_cells`.

@@ -71,7 +71,12 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
     fn first_bad_tensor(&mut self, places: &[f64]) -> String {
         let layout = self.trunk.params.layout();
         let place = places[0] as usize;
-        if let Some((parameter, _)) = layout.list().into_iter().find(|(_, range)| range.contains(&place)) {
+        if let Some(module) = self.trunk.adapters.as_ref().and_then(|a| a.name_of(place)) {
+            return format!("the adapter of {module}");
+        }
+        let network = self.trunk.adapters.is_none();
+        let held = layout.list().into_iter().find(|(_, range)| network && range.contains(&place));
+        if let Some((parameter, _)) = held {
             return parameter.name.clone();
         }
         match self.task.own() {

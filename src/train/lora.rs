@@ -1,0 +1,464 @@
+//! LoRA (Hu et al., 2021): each adapted matrix is the checkpoint's plus a product of two thin ones, and only those two learn.
+//!
+//! ```text
+//! W = W₀ + s·B·A,   A (r, in),  B (out, r),  s = α/r          B = 0 at the start, A as PEFT draws its own in variance
+//! dB = s · dW · Aᵀ,  dA = s · Bᵀ · dW
+//! ```
+//! The product is folded into the weights after every update, so the encoder knows nothing of adapters: forward and backward
+//! cost what they cost without, embeddings and checkpoints are those of the merged network, and there is no second path to get
+//! wrong. What is saved is the optimiser's memory; what is not is the weight gradient, which both thin gradients are made from.
+//!
+//! What is kept and trained is `B̂ = s·B`, at the rate s·lr, with ε/s and decay/s: under AdamW, which does not see a gradient's scale,
+//! that is PEFT's update of B. (The global norm sees dW·Aᵀ, PEFT's sees s times that.)
+
+use super::optimizer::{Group, Moments, Span, update};
+use crate::config::{LoraSettings, LoraTargets, OptimizerSettings};
+use crate::device::{Act, Device, Len};
+use crate::error::{Error, Result};
+use crate::model::ledger::Ledger;
+use crate::model::store::initial;
+use crate::model::tensors::{self, Declared, TensorFile};
+use crate::model::weights::{Init, Parameter};
+use crate::model::{Layout, Parameters};
+use crate::ops::linear::{self, Activation, BackwardInput, BackwardWeight, Dims, In};
+use crate::ops::{Backend, adamw};
+use std::ops::Range;
+use std::path::Path;
+
+/// Keeps first values apart from the encoder's and the classifier's under the same seed.
+const LORA_SEED: u64 = 0x6c6f_7261_6164_6170;
+/// Parts start at multiples of so many elements, as in the network's store.
+const ALIGN: usize = 32;
+/// What a resumed run reads: W₀ of the adapted matrices, and the adapters, exactly.
+const STATE: &str = "adapters.safetensors";
+
+/// One adapted matrix (out, in). Query, key and value are three, though one matrix in memory.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Adapter {
+    /// Name of the module on disk: `bert.encoder.layer.0.attention.self.query`.
+    pub module: String,
+    /// Rows of W.
+    pub outputs: usize,
+    /// Columns of W.
+    pub inputs: usize,
+    /// Its elements in the network's flat store.
+    weight: Range<usize>,
+    /// W₀ in `base`.
+    base: Range<usize>,
+    /// A in the adapters' flat store.
+    a: Range<usize>,
+    /// B̂ there.
+    b: Range<usize>,
+}
+
+/// The adapters of a network: which, and where their numbers lie.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AdapterLayout {
+    /// In the order of the parameter list.
+    pub adapters: Vec<Adapter>,
+    /// r.
+    pub rank: usize,
+    /// α.
+    pub alpha: f64,
+    /// Elements of W₀, all matrices together.
+    base: usize,
+    /// All A, padded; the rest of the store is B̂.
+    a: Range<usize>,
+    b: Range<usize>,
+}
+
+impl AdapterLayout {
+    /// Adapters on the projections that `settings` names, of layers whose parameters `learns` admits.
+    ///
+    /// # Errors
+    /// Usage: a rank beyond the matrices, or nothing to adapt.
+    pub fn of(
+        layout: &Layout,
+        settings: &LoraSettings,
+        learns: impl Fn(&Parameter) -> bool,
+    ) -> Result<AdapterLayout> {
+        let rank = settings.rank;
+        let (mut adapters, mut base, mut a) = (Vec::new(), 0usize, 0usize);
+        let place = |at: &mut usize, len: usize| {
+            let start = *at;
+            *at = (start + len).next_multiple_of(ALIGN);
+            start..start + len
+        };
+        for (parameter, range) in layout.list() {
+            if !(settings.targets.adapts(&parameter.name) && learns(parameter)) {
+                continue;
+            }
+            let [outputs, inputs] = parameter.stored_shape()[..] else {
+                return Err(Error::bug("an adapted parameter is no matrix").found(&parameter.name));
+            };
+            if rank > outputs.min(inputs) {
+                return Err(Error::usage("lora.rank is beyond the matrices that it adapts")
+                    .at(&parameter.name)
+                    .found(rank)
+                    .wanted(format!("at most {}", outputs.min(inputs))));
+            }
+            for (i, stored) in parameter.stored_as.iter().enumerate() {
+                let start = range.start + i * outputs * inputs;
+                adapters.push(Adapter {
+                    module: stored.strip_suffix(".weight").unwrap_or(stored).to_string(),
+                    outputs,
+                    inputs,
+                    weight: start..start + outputs * inputs,
+                    base: place(&mut base, outputs * inputs),
+                    a: place(&mut a, rank * inputs),
+                    b: 0..0,
+                });
+            }
+        }
+        if adapters.is_empty() {
+            return Err(Error::usage("lora.rank is set, and no layer learns")
+                .next("lower finetune.freeze_layers, or leave lora.rank out"));
+        }
+        let mut b = a;
+        for adapter in &mut adapters {
+            adapter.b = place(&mut b, adapter.outputs * rank);
+        }
+        Ok(AdapterLayout { adapters, rank, alpha: settings.alpha, base, a: 0..a, b: a..b })
+    }
+
+    /// Elements of the adapters' store, gaps included.
+    pub fn len(&self) -> usize {
+        self.b.end
+    }
+    /// Never: [`AdapterLayout::of`] refuses to adapt nothing.
+    pub fn is_empty(&self) -> bool {
+        self.adapters.is_empty()
+    }
+    /// Numbers that learn, gaps not counted.
+    pub fn parameters(&self) -> usize {
+        self.adapters.iter().map(|m| m.a.len() + m.b.len()).sum()
+    }
+    /// s = α/r.
+    pub fn scale(&self) -> f64 {
+        self.alpha / self.rank as f64
+    }
+}
+
+impl LoraTargets {
+    /// Is the parameter of this name (`layer.3.up_weight`) adapted?
+    fn adapts(self, name: &str) -> bool {
+        let leaf = name.strip_prefix("layer.").and_then(|rest| rest.split_once('.')).map(|(_, leaf)| leaf);
+        let attention = matches!(leaf, Some("qkv_weight" | "out_weight"));
+        let feed_forward = matches!(leaf, Some("up_weight" | "down_weight"));
+        match self {
+            LoraTargets::All => attention || feed_forward,
+            LoraTargets::Attention => attention,
+            LoraTargets::FeedForward => feed_forward,
+        }
+    }
+}
+
+/// The adapters on a device.
+pub struct Adapters<B: Device> {
+    layout: AdapterLayout,
+    base: B::Buf<f32>,   // W₀ of the adapted matrices
+    weight: B::Buf<f32>, // A, then B̂
+    grad: B::Buf<f32>,   // of both
+}
+
+/// Handles to one adapter's parts of the flat stores.
+struct Thin<B: Device> {
+    a: B::Buf<f32>, // (r, in)
+    b: B::Buf<f32>, // (out, r)
+}
+
+impl<B: Device> Adapters<B> {
+    /// Zeros in this layout.
+    pub fn planned(ledger: &mut Ledger<B>, layout: AdapterLayout) -> Result<Self> {
+        Ok(Adapters {
+            base: ledger.zeros("adapted weights of the checkpoint", "(parameters)", layout.base)?,
+            weight: ledger.zeros("adapters", "(parameters)", layout.len())?,
+            grad: ledger.zeros("gradients of the adapters", "(parameters)", layout.len())?,
+            layout,
+        })
+    }
+    /// Where what lies.
+    pub fn layout(&self) -> &AdapterLayout {
+        &self.layout
+    }
+    /// The flat gradient.
+    pub fn grad(&self) -> &B::Buf<f32> {
+        &self.grad
+    }
+    /// The adapter that element `place` of the flat gradient belongs to.
+    pub fn name_of(&self, place: usize) -> Option<&str> {
+        let holds = |m: &&Adapter| m.a.contains(&place) || m.b.contains(&place);
+        self.layout.adapters.iter().find(holds).map(|m| m.module.as_str())
+    }
+
+    /// # Safety
+    /// As [`Device::part`]: the handles end before `store` is lent again.
+    unsafe fn thin(dev: &B, store: &B::Buf<f32>, m: &Adapter) -> Thin<B> {
+        // SAFETY: the caller's.
+        unsafe { Thin { a: dev.part(store, m.a.clone()), b: dev.part(store, m.b.clone()) } }
+    }
+
+    /// First values, for weights that were just loaded: W₀ is kept, A drawn, B = 0. Changes no weight.
+    pub fn start<A: Act>(&mut self, dev: &B, params: &Parameters<B, A>, seed: u64) -> Result<()> {
+        let rank = self.layout.rank;
+        let mut first = vec![0.0f32; self.layout.len()];
+        for (index, m) in self.layout.adapters.iter().enumerate() {
+            dev.copy_part(params.master().flat(), m.weight.clone(), &mut self.base, m.base.start)?;
+            // PEFT draws A from U(-1/√in, 1/√in); this is its variance.
+            let deviation = (3.0 * m.inputs as f64).sqrt().recip();
+            let thin = Parameter {
+                name: m.module.clone(),
+                shape: vec![rank, m.inputs],
+                init: Init::Normal,
+                decay: true,
+                stored_as: Vec::new(),
+            };
+            first[m.a.clone()].copy_from_slice(&initial(&thin, deviation, seed ^ LORA_SEED, index as u32));
+        }
+        dev.write(&mut self.weight, &first)
+    }
+
+    /// Writes what a resumed run needs into a checkpoint folder.
+    pub fn save(&self, dev: &B, folder: &Path) -> Result<()> {
+        let declared =
+            vec![Declared::f32("base", &[self.base.len()]), Declared::f32("weight", &[self.weight.len()])];
+        tensors::write(&folder.join(STATE), &[("format", "pt")], declared, |tensor| {
+            let values = dev.download(if tensor.name == "base" { &self.base } else { &self.weight })?;
+            Ok(bytemuck::cast_slice(&values).to_vec())
+        })
+    }
+
+    /// Reads it back.
+    pub fn restore(&mut self, dev: &B, folder: &Path) -> Result<()> {
+        let file = TensorFile::open(&folder.join(STATE))?;
+        let (base, weight) = (self.base.len(), self.weight.len());
+        dev.write(&mut self.base, &file.floats("base", &[base])?)?;
+        dev.write(&mut self.weight, &file.floats("weight", &[weight])?)
+    }
+
+    /// A (r, in) and PEFT's B (out, r) of each adapter.
+    pub fn host(&self, dev: &B) -> Result<Vec<(Adapter, Vec<f32>, Vec<f32>)>> {
+        let (weight, scale) = (dev.download(&self.weight)?, self.layout.scale());
+        let thin = |m: &Adapter| {
+            let b = weight[m.b.clone()].iter().map(|x| (*x as f64 / scale) as f32).collect();
+            (m.clone(), weight[m.a.clone()].to_vec(), b)
+        };
+        Ok(self.layout.adapters.iter().map(thin).collect())
+    }
+}
+
+impl<B: linear::Linear<f32>> Adapters<B> {
+    /// Gradients of A and B̂ from those of the network's weights: `network` is its flat gradient.
+    pub fn gradients(&mut self, dev: &B, network: &B::Buf<f32>) -> Result<()> {
+        let _range = crate::trace::range("adapters");
+        let rank = self.layout.rank;
+        dev.clear(&mut self.grad)?;
+        for m in &self.layout.adapters {
+            // SAFETY: the parts end with this turn of the loop; those of `grad`, which is borrowed mutably, are disjoint.
+            let (dw, thin, mut grad) = unsafe {
+                let dw = dev.part(network, m.weight.clone());
+                (dw, Self::thin(dev, &self.weight, m), Self::thin(dev, &self.grad, m))
+            };
+            let dims = Dims { rows: m.outputs, inputs: m.inputs, outputs: rank };
+            let input = In { x: &dw, weight: &thin.a, bias: None, activation: Activation::None };
+            linear::forward(dev, dims, input, &mut grad.b)?;
+            let factors = BackwardWeight { x: &dw, dy: &thin.b };
+            linear::backward_weight(dev, dims, factors, &mut grad.a, None)?;
+        }
+        Ok(())
+    }
+
+    /// `W = W₀ + B̂·A` in the network's weights, and in their copy of the activation type.
+    pub fn fold<A: Act>(&self, dev: &B, params: &mut Parameters<B, A>) -> Result<()>
+    where
+        B: adamw::AdamW<A>,
+    {
+        let _range = crate::trace::range("adapters");
+        params.write_with(dev, |dev, master, _| {
+            for m in &self.layout.adapters {
+                dev.copy_part(&self.base, m.base.clone(), master.flat_mut(), m.weight.start)?;
+                // SAFETY: the parts end with this turn of the loop; `master` is borrowed mutably.
+                let (thin, mut w) =
+                    unsafe { (Self::thin(dev, &self.weight, m), dev.part(master.flat(), m.weight.clone())) };
+                let dims = Dims { rows: m.outputs, inputs: m.inputs, outputs: self.layout.rank };
+                let factors =
+                    BackwardInput { dy: &thin.b, weight: &thin.a, relu_output: None, accumulate: true };
+                linear::backward_input(dev, dims, factors, &mut w)?;
+            }
+            Ok(())
+        })
+    }
+}
+
+impl<B: Device> Adapters<B> {
+    /// One AdamW update of the adapters (arguments as of [`update`]); the weights follow with [`Adapters::fold`].
+    pub fn update<A: Act>(
+        &mut self,
+        dev: &B,
+        optimizer: &OptimizerSettings,
+        learning_rate: f64,
+        (t, accumulated): (u32, usize),
+        moments: &mut Moments<B>,
+        scalars: &B::Buf<f64>,
+    ) -> Result<()>
+    where
+        B: Backend<A>,
+    {
+        let scale = self.layout.scale();
+        for (range, scale) in [(self.layout.a.clone(), 1.0), (self.layout.b.clone(), scale)] {
+            let optimizer = OptimizerSettings {
+                weight_decay: optimizer.weight_decay / scale,
+                eps: optimizer.eps / scale,
+                ..optimizer.clone()
+            };
+            let group: Group<'_, B, A> = Group {
+                weight: &mut self.weight,
+                copy: None,
+                grad: &self.grad,
+                moments: &mut *moments,
+                spans: &[Span { range, decay: true }],
+                learning_rate: learning_rate * scale,
+            };
+            update::<A, B>(dev, &optimizer, t, accumulated, group, scalars)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::Cpu;
+    use crate::model::config::{PRESETS, Vocabulary};
+    use half::bf16;
+
+    const SETTINGS: LoraSettings = LoraSettings { rank: 3, alpha: 6.0, targets: LoraTargets::All };
+
+    fn started<A: Act>(learns: impl Fn(&Parameter) -> bool) -> (Parameters<Cpu, A>, Adapters<Cpu>)
+    where
+        Cpu: Backend<A>,
+    {
+        let mut config = PRESETS[0].config(60, Vocabulary::default());
+        (config.width, config.ffn) = (24, 40);
+        let params = Parameters::<Cpu, A>::random(&Cpu, &config, 5).unwrap();
+        let layout = AdapterLayout::of(params.layout(), &SETTINGS, learns).unwrap();
+        let mut adapters = Adapters::planned(&mut Ledger::new(&Cpu), layout).unwrap();
+        adapters.start(&Cpu, &params, 9).unwrap();
+        (params, adapters)
+    }
+
+    /// B as if it had learned.
+    fn learn(adapters: &mut Adapters<Cpu>) {
+        let b = adapters.layout.b.clone();
+        for (i, x) in adapters.weight[b].iter_mut().enumerate() {
+            *x = ((i * 37 % 101) as f32 - 50.0) / 400.0;
+        }
+    }
+
+    /// W₀ + s·B·A in f64, from what PEFT is given.
+    fn merged(adapters: &Adapters<Cpu>, base: &[f32]) -> Vec<f64> {
+        let mut w: Vec<f64> = base.iter().map(|x| *x as f64).collect();
+        let rank = adapters.layout.rank;
+        for (m, a, b) in adapters.host(&Cpu).unwrap() {
+            for (i, w) in w[m.weight.clone()].iter_mut().enumerate() {
+                let (row, column) = (i / m.inputs, i % m.inputs);
+                let ba = (0..rank).map(|k| b[row * rank + k] as f64 * a[k * m.inputs + column] as f64);
+                *w += adapters.layout.scale() * ba.sum::<f64>();
+            }
+        }
+        w
+    }
+
+    #[test]
+    fn twelve_projections_are_adapted_and_their_parts_are_disjoint() {
+        let (params, adapters) = started::<f32>(|_| true);
+        let layout = adapters.layout();
+        assert_eq!(layout.adapters.len(), 12);
+        assert_eq!(layout.adapters[0].module, "bert.encoder.layer.0.attention.self.query");
+        assert_eq!(layout.adapters[11].module, "bert.encoder.layer.1.output.dense");
+        assert_eq!(layout.parameters(), 2 * 3 * (4 * 48 + 2 * 64));
+        let mut parts: Vec<_> = layout.adapters.iter().flat_map(|m| [m.a.clone(), m.b.clone()]).collect();
+        parts.sort_by_key(|r| r.start);
+        assert!(parts.windows(2).all(|w| w[0].end <= w[1].start));
+        assert!(layout.adapters.iter().all(|m| m.a.end <= layout.b.start && m.b.end <= layout.len()));
+        assert_eq!(adapters.name_of(layout.adapters[4].b.start), Some(layout.adapters[4].module.as_str()));
+        // Key is the second third of the stacked matrix.
+        let (_, qkv) =
+            params.layout().list().into_iter().find(|(p, _)| p.name == "layer.0.qkv_weight").unwrap();
+        assert_eq!(layout.adapters[1].weight, qkv.start + 576..qkv.start + 1152);
+        let (_, frozen) = started::<f32>(|p| !p.name.starts_with("layer.0."));
+        assert!(frozen.layout.adapters.iter().all(|m| m.module.starts_with("bert.encoder.layer.1.")));
+    }
+
+    #[test]
+    fn nothing_changes_at_the_start_and_a_fold_is_the_sum() {
+        let (mut params, mut adapters) = started::<f32>(|_| true);
+        let first = params.master().flat().to_vec();
+        adapters.fold(&Cpu, &mut params).unwrap();
+        assert_eq!(params.master().flat()[..], first[..], "B = 0");
+        learn(&mut adapters);
+        for _ in 0..2 {
+            // A second fold does not add a second time.
+            adapters.fold(&Cpu, &mut params).unwrap();
+            let wanted = merged(&adapters, &first);
+            for (i, (w, x)) in wanted.iter().zip(params.master().flat().iter()).enumerate() {
+                assert!((w - *x as f64).abs() < 1e-6, "{i}: {w} {x}");
+            }
+        }
+        assert_ne!(params.master().flat()[..], first[..]);
+    }
+
+    #[test]
+    fn the_copy_of_the_activation_type_follows() {
+        let (mut params, mut adapters) = started::<bf16>(|_| true);
+        learn(&mut adapters);
+        adapters.fold(&Cpu, &mut params).unwrap();
+        let master = params.master().named().layers[1].up_weight.to_vec();
+        let copy = &params.network().layers[1].up_weight;
+        assert!(master.iter().zip(copy.iter()).all(|(w, c)| bf16::from_f32(*w) == *c));
+    }
+
+    /// L = Σ dW ∘ W(A, B̂): its derivatives by central differences are what `gradients` says.
+    #[test]
+    fn gradients_are_those_of_finite_differences() {
+        let (params, mut adapters) = started::<f32>(|_| true);
+        learn(&mut adapters);
+        let base = params.master().flat().to_vec();
+        let dw: Vec<f32> = (0..base.len()).map(|i| ((i * 13 % 29) as f32 - 14.0) / 10.0).collect();
+        let mut network = Cpu.zeros::<f32>(dw.len()).unwrap();
+        Cpu.write(&mut network, &dw).unwrap();
+        adapters.gradients(&Cpu, &network).unwrap();
+        let loss = |adapters: &Adapters<Cpu>| -> f64 {
+            let w = merged(adapters, &base);
+            adapters.layout.adapters.iter().flat_map(|m| m.weight.clone()).map(|i| w[i] * dw[i] as f64).sum()
+        };
+        let places: Vec<usize> = adapters
+            .layout
+            .adapters
+            .iter()
+            .flat_map(|m| [m.a.start, m.a.end - 1, m.b.start, m.b.start + 4, m.b.end - 1])
+            .collect();
+        for place in places {
+            let kept = adapters.weight[place];
+            let mut at = |x: f32| {
+                adapters.weight[place] = x;
+                loss(&adapters)
+            };
+            let slope = (at(kept + 0.25) - at(kept - 0.25)) / 0.5;
+            adapters.weight[place] = kept;
+            let found = adapters.grad[place] as f64;
+            assert!((slope - found).abs() < 1e-4 * slope.abs().max(1.0), "{place}: {slope} {found}");
+        }
+    }
+
+    #[test]
+    fn a_rank_beyond_the_matrices_and_nothing_to_adapt_are_refused() {
+        let config = PRESETS[0].config(60, Vocabulary::default());
+        let layout = Layout::network(&config);
+        let wide = LoraSettings { rank: 129, ..SETTINGS };
+        let e = AdapterLayout::of(&layout, &wide, |_| true).unwrap_err();
+        assert!(e.kind().exit_code() == 2 && e.to_string().contains("at most 128"), "{e}");
+        let e = AdapterLayout::of(&layout, &SETTINGS, |_| false).unwrap_err();
+        assert_eq!(e.kind().exit_code(), 2);
+    }
+}
