@@ -161,6 +161,16 @@ pub struct Adapters<B: Device> {
     grad: B::Buf<f32>,   // of both
 }
 
+/// One adapter's numbers on the host, as PEFT counts them.
+pub struct Factors<'a> {
+    /// Which.
+    pub adapter: &'a Adapter,
+    /// A (r, in).
+    pub a: Vec<f32>,
+    /// B (out, r).
+    pub b: Vec<f32>,
+}
+
 /// Handles to one adapter's parts of the flat stores.
 struct Thin<B: Device> {
     a: B::Buf<f32>, // (r, in)
@@ -236,14 +246,15 @@ impl<B: Device> Adapters<B> {
         dev.write(&mut self.weight, &file.floats("weight", &[weight])?)
     }
 
-    /// A (r, in) and PEFT's B (out, r) of each adapter.
-    pub fn host(&self, dev: &B) -> Result<Vec<(Adapter, Vec<f32>, Vec<f32>)>> {
+    /// The adapters' numbers.
+    pub fn host(&self, dev: &B) -> Result<Vec<Factors<'_>>> {
         let (weight, scale) = (dev.download(&self.weight)?, self.layout.scale());
-        let thin = |m: &Adapter| {
-            let b = weight[m.b.clone()].iter().map(|x| (*x as f64 / scale) as f32).collect();
-            (m.clone(), weight[m.a.clone()].to_vec(), b)
-        };
-        Ok(self.layout.adapters.iter().map(thin).collect())
+        let factors = self.layout.adapters.iter().map(|adapter| Factors {
+            adapter,
+            a: weight[adapter.a.clone()].to_vec(),
+            b: weight[adapter.b.clone()].iter().map(|x| (*x as f64 / scale) as f32).collect(),
+        });
+        Ok(factors.collect())
     }
 }
 
@@ -359,7 +370,7 @@ mod tests {
     fn merged(adapters: &Adapters<Cpu>, base: &[f32]) -> Vec<f64> {
         let mut w: Vec<f64> = base.iter().map(|x| *x as f64).collect();
         let rank = adapters.layout.rank;
-        for (m, a, b) in adapters.host(&Cpu).unwrap() {
+        for Factors { adapter: m, a, b } in adapters.host(&Cpu).unwrap() {
             for (i, w) in w[m.weight.clone()].iter_mut().enumerate() {
                 let (row, column) = (i / m.inputs, i % m.inputs);
                 let ba = (0..rank).map(|k| b[row * rank + k] as f64 * a[k * m.inputs + column] as f64);

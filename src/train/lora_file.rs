@@ -4,7 +4,7 @@
 //! A folder of its own, because `transformers` takes a model folder with an `adapter_config.json` for an adapter, and the
 //! checkpoint beside it is the whole network, merged.
 
-use super::lora::Adapters;
+use super::lora::{Adapters, Factors};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::model::checkpoint::write_synced;
@@ -27,7 +27,7 @@ pub fn write<B: Device>(
     std::fs::create_dir(&folder).map_err(|e| Error::io(&folder, "create the adapter's folder", &e))?;
     let rank = adapters.layout().rank;
     let (mut declared, mut values) = (Vec::new(), HashMap::new());
-    for (m, a, b) in adapters.host(dev)? {
+    for Factors { adapter: m, a, b } in adapters.host(dev)? {
         for (leaf, shape, thin) in [("lora_A", [rank, m.inputs], a), ("lora_B", [m.outputs, rank], b)] {
             let name = format!("base_model.model.{}.{leaf}.weight", m.module);
             declared.push(Declared::f32(name.clone(), &shape));
