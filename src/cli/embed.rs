@@ -1,16 +1,22 @@
 //! `cellrefine embed`.
 
+use super::annotate::MarkerFlags;
 use super::{Global, Output};
 use crate::config::Precision;
 use crate::corpus::Corpus;
 use crate::device::Act;
 use crate::error::{Error, Result};
-use crate::eval::embed::{EmbedOptions, Embedder};
+use crate::eval::annotate::Request;
+use crate::eval::embed::{EmbedOptions, Embedder, pool_name};
+use crate::eval::h5ad::H5adCopy;
+use crate::eval::labeller::Labeller;
 use crate::eval::npy::ids_path;
+use crate::eval::zero_shot::Evidence;
 use crate::on_backend;
 use crate::ops::Backend;
 use crate::ops::pool::Pooling;
 use serde_json::json;
+use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -50,12 +56,18 @@ impl EncoderFlags {
 /// Flags of `embed`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Rows come in the order in which the cells were packed, all of them. FILE.npy is float32 (cells, width); FILE.ids.txt beside it has one cell \
-id a line. A row depends on its cell alone: batch size and threads change nothing.
+The suffix of --out chooses the form:
+  .npy      float32 (cells, width), with one cell id a line in FILE.ids.txt beside it
+  .parquet  cell_id and embedding (a list of width floats); the origin in the file's metadata
+  .h5ad     a copy of the file that the cells came from, with obsm/X_cellrefine; with --markers, or where the checkpoint was
+            refined, also obs/cellrefine_label and obs/cellrefine_score; the origin in uns/cellrefine
+Rows of .npy and .parquet come in the order in which the cells were packed, all of them. In an .h5ad cells are found by their \
+names; a row that the corpus lacks is NaN, and is counted. A row depends on its cell alone: batch size and threads change nothing.
 
 Examples:
   cellrefine embed --corpus X.cells --checkpoint RUN --out cells.npy
-  cellrefine embed --corpus X.cells --checkpoint geneformer/ --out last.npy --layer 0 --pool mean")]
+  cellrefine embed --corpus X.cells --checkpoint RUN --out with-embedding.h5ad --h5ad cells.h5ad
+  cellrefine embed --corpus X.cells --checkpoint geneformer/ --out last.parquet --layer 0 --pool mean")]
 pub struct Flags {
     /// Corpus, from `pack`.
     #[arg(long, value_name = "X.cells")]
@@ -63,70 +75,132 @@ pub struct Flags {
     /// Run folder, checkpoint folder or Hugging Face folder.
     #[arg(long, value_name = "CKPT")]
     checkpoint: PathBuf,
-    /// Output, ending in .npy.
-    #[arg(long, value_name = "FILE.npy")]
+    /// Output, ending in .npy, .parquet or .h5ad.
+    #[arg(long, value_name = "FILE")]
     out: PathBuf,
+    /// With --out FILE.h5ad: the file to copy. It is not changed.
+    #[arg(long, value_name = "SOURCE.h5ad")]
+    h5ad: Option<PathBuf>,
+    /// With --out FILE.h5ad: label cells by these marker sets, GMT or TSV, as `annotate` does.
+    #[arg(long, value_name = "M.gmt", requires = "h5ad")]
+    markers: Option<PathBuf>,
+    /// What speaks for a label.
+    #[arg(long, value_enum, default_value = "prototype", requires = "markers")]
+    evidence: Evidence,
+    /// Write no labels, even where the checkpoint has prototypes.
+    #[arg(long, requires = "h5ad", conflicts_with = "markers")]
+    no_labels: bool,
+    #[command(flatten)]
+    marker: MarkerFlags,
     #[command(flatten)]
     encoder: EncoderFlags,
 }
 
-pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
-    check_output(&flags.out)?;
-    let corpus = Arc::new(Corpus::open(&flags.corpus)?);
-    on_backend!(global.device, flags.encoder.dtype, |dev: B, A| write::<B, A>(dev, global, flags, corpus))
+/// The form of the output.
+#[derive(Clone, Copy, PartialEq)]
+enum Form {
+    Npy,
+    Parquet,
+    H5ad,
 }
 
-fn check_output(out: &Path) -> Result<()> {
-    let suffix = out.extension().and_then(|e| e.to_str()).unwrap_or("");
-    if suffix == "npy" {
-        return Ok(());
+pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
+    let form = form(flags)?;
+    let corpus = Arc::new(Corpus::open(&flags.corpus)?);
+    on_backend!(global.device, flags.encoder.dtype, |dev: B, A| write::<B, A>(
+        dev, global, flags, form, corpus
+    ))
+}
+
+fn form(flags: &Flags) -> Result<Form> {
+    let out = &flags.out;
+    let form = match out.extension().and_then(|e| e.to_str()).unwrap_or("") {
+        "npy" => Form::Npy,
+        "parquet" => Form::Parquet,
+        "h5ad" => Form::H5ad,
+        _ => {
+            return Err(Error::usage("the suffix of --out names no form of embeddings")
+                .found(out.display())
+                .wanted(".npy, .parquet or .h5ad")
+                .next(format!("--out {}", out.with_extension("npy").display())));
+        }
+    };
+    if (form == Form::H5ad) != flags.h5ad.is_some() {
+        return Err(match form {
+            Form::H5ad => Error::usage("--out FILE.h5ad is a copy of a file")
+                .wanted("--h5ad SOURCE.h5ad: the file that the corpus was packed from"),
+            _ => Error::usage("--h5ad goes with --out FILE.h5ad").found(format!("--out {}", out.display())),
+        });
     }
-    let e = Error::usage("embeddings are written as .npy")
-        .found(out.display())
-        .wanted("an --out that ends in .npy");
-    Err(match suffix {
-        "h5ad" => e.next(format!(
-            "--out {}, then in Python: adata.obsm['X_cellrefine'] = numpy.load(FILE)",
-            out.with_extension("npy").display()
-        )),
-        _ => e.next(format!("--out {}", out.with_extension("npy").display())),
-    })
+    Ok(form)
 }
 
 fn write<B: Backend<A>, A: Act>(
     dev: &B,
     global: &Global,
     flags: &Flags,
+    form: Form,
     corpus: Arc<Corpus>,
 ) -> Result<Output> {
-    let options = flags.encoder.options(&flags.checkpoint);
-    let mut embedder = Embedder::<B, A>::open(dev, &flags.checkpoint, corpus.clone(), &options)?;
-    let progress = global.progress("embed", Some(corpus.cells() as u64));
     let start = Instant::now();
-    embedder.write_npy(&flags.out, |n| progress.add(n))?;
-    progress.finish();
-    let seconds = start.elapsed().as_secs_f64();
-    let (cells, width) = (corpus.cells(), embedder.width());
-    let ids = ids_path(&flags.out);
-    Ok(Output {
-        text: format!(
-            "{}: float32 ({cells}, {width}), layer {}, pool {}; ids in {}\n{:.0} cells/s",
-            flags.out.display(),
-            embedder.layer(),
-            pool_name(embedder.pooling()),
-            ids.display(),
-            cells as f64 / seconds.max(1e-9)
-        ),
-        json: json!({"out": flags.out, "ids": ids, "cells": cells, "width": width, "layer": embedder.layer(),
-            "pool": pool_name(embedder.pooling()), "dtype": A::NAME, "checkpoint": embedder.folder(),
-            "seconds": seconds, "cells_per_s": cells as f64 / seconds.max(1e-9)}),
-    })
-}
-
-/// `cls` or `mean`.
-pub fn pool_name(pooling: Pooling) -> &'static str {
-    match pooling {
-        Pooling::Cls => "cls",
-        Pooling::Mean => "mean",
+    let options = flags.encoder.options(&flags.checkpoint);
+    // What can be refused is refused before any cell is embedded.
+    let copy = flags.h5ad.as_ref().map(|source| H5adCopy::plan(source, &flags.out, &corpus)).transpose()?;
+    let mut embedder = Embedder::<B, A>::open(dev, &flags.checkpoint, corpus.clone(), &options)?;
+    let labeller = match &flags.markers {
+        Some(markers) => {
+            let request = Request {
+                corpus: corpus.clone(),
+                checkpoint: flags.checkpoint.clone(),
+                markers: flags.marker.choice(markers),
+                evidence: flags.evidence,
+                prototypes: flags.marker.mode(),
+                top: 1,
+                unknown_below: 0.0,
+                temperature: None,
+                embed: options,
+            };
+            Some(Labeller::from_markers(&request, &mut embedder, &|_| {})?)
+        }
+        None if form == Form::H5ad && !flags.no_labels => Labeller::from_checkpoint(&embedder)?,
+        None => None,
+    };
+    let rows = copy.as_ref().map_or(corpus.cells(), |c| c.cells().len());
+    let absent = copy.as_ref().map_or(0, H5adCopy::absent);
+    let progress = global.progress("embed", Some((rows - absent) as u64));
+    let embedding = Instant::now();
+    match (form, &copy) {
+        (Form::Parquet, _) => embedder.write_parquet(&flags.out, |n| progress.add(n))?,
+        (Form::H5ad, Some(copy)) => embedder.write_h5ad(copy, labeller.as_ref(), |n| progress.add(n))?,
+        _ => embedder.write_npy(&flags.out, |n| progress.add(n))?,
     }
+    progress.finish();
+    let rate = (rows - absent) as f64 / embedding.elapsed().as_secs_f64().max(1e-9);
+    let (out, width) = (flags.out.display(), embedder.width());
+    let (layer, pool) = (embedder.layer(), pool_name(embedder.pooling()));
+    let ids = (form == Form::Npy).then(|| ids_path(&flags.out));
+    let mut text = format!("{out}: float32 ({rows}, {width}), layer {layer}, pool {pool}");
+    if let Some(ids) = &ids {
+        let _ = write!(text, "; ids in {}", ids.display());
+    }
+    if let Some(copy) = &copy {
+        let _ = write!(text, "\n  obsm/X_cellrefine of a copy of {}", copy.source().display());
+        if let Some(labeller) = &labeller {
+            let (types, from) = (labeller.names.len(), labeller.origin.unwrap_or("markers alone"));
+            let _ = write!(
+                text,
+                "\n  obs/cellrefine_label and obs/cellrefine_score: {types} types, prototypes from {from}"
+            );
+        }
+        if absent > 0 {
+            let _ = write!(text, "\n  {absent} of {rows} rows are not in the corpus: NaN, and no label");
+        }
+    }
+    let _ = write!(text, "\n{rate:.0} cells/s");
+    Ok(Output {
+        text,
+        json: json!({"out": flags.out, "ids": ids, "cells": rows, "cells_absent": absent, "width": width, "layer": layer, "pool": pool,
+            "dtype": A::NAME, "checkpoint": embedder.folder(), "labels": labeller.map(|l| l.names),
+            "seconds": start.elapsed().as_secs_f64(), "cells_per_s": rate}),
+    })
 }

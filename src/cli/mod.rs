@@ -5,12 +5,14 @@
 
 mod annotate;
 mod bench;
+mod completions;
 mod demo;
 mod doctor;
 mod embed;
 mod eval;
 mod finetune;
 mod inspect;
+mod man;
 mod markers;
 mod merge;
 mod pack;
@@ -143,6 +145,10 @@ enum Command {
     Plan(plan::Flags),
     /// What this build and this machine can do.
     Doctor(doctor::Flags),
+    /// Completions for a shell, on stdout.
+    Completions(completions::Flags),
+    /// Manual pages, one a command, into a folder.
+    Man(man::Flags),
 }
 
 fn dispatch(global: &Global, command: &Command) -> Result<Output> {
@@ -163,7 +169,14 @@ fn dispatch(global: &Global, command: &Command) -> Result<Output> {
         Command::Bench(f) => bench::run(global, f),
         Command::Plan(f) => plan::run(global, f),
         Command::Doctor(f) => doctor::run(global, f),
+        Command::Completions(f) => completions::run(&program(), f),
+        Command::Man(f) => man::run(program(), f),
     }
+}
+
+/// The whole command line as clap sees it, for what is generated from it.
+fn program() -> clap::Command {
+    <Cli as clap::CommandFactory>::command()
 }
 
 /// Parses the arguments, runs the command, prints, and returns the exit code. Only this function prints results and errors.

@@ -2,7 +2,12 @@
 //! One pass of [`CellVectors`] over buffers for evaluation; what a row is made of (layer, pooling, context) is the checkpoint's unless
 //! the caller says otherwise.
 
+use super::h5ad::{ABSENT, H5adCopy, RowLabels};
+use super::labeller::Labeller;
 use super::npy::NpyWriter;
+use super::parquet::ParquetWriter;
+use super::provenance::{Provenance, weights_sha256};
+use super::zero_shot::top;
 use crate::corpus::{BatchOptions, Corpus};
 use crate::device::Act;
 use crate::error::{Error, Result};
@@ -148,18 +153,88 @@ impl<B: Backend<A>, A: Act> Embedder<B, A> {
         self.vectors().of_lists(lists, room)
     }
 
-    /// Writes the rows of all cells, in input order, to `out` (`.npy`) and their ids beside it.
-    pub fn write_npy(&mut self, out: &Path, mut progress: impl FnMut(u64)) -> Result<()> {
+    /// Where the rows of this embedder come from.
+    pub fn provenance(&self) -> Result<Provenance> {
+        Ok(Provenance {
+            checkpoint: self.folder.display().to_string(),
+            checkpoint_sha256: weights_sha256(&self.folder)?,
+            layer: self.layer,
+            pool: pool_name(self.pooling),
+            dtype: A::NAME,
+            max_tokens: self.batch.max_tokens,
+            corpus: self.corpus.path().display().to_string(),
+            corpus_digest: self.corpus.digest().to_string(),
+            vocabulary_digest: self.corpus.manifest().vocabulary.digest.clone(),
+        })
+    }
+
+    /// Hands rows and ids of all cells, in input order, to `append`.
+    fn with_ids(
+        &mut self,
+        mut append: impl FnMut(&[f32], &[&str]) -> Result<()>,
+        mut progress: impl FnMut(u64),
+    ) -> Result<()> {
         let corpus = self.corpus.clone();
         let cells: Vec<u32> = (0..corpus.cells() as u32).collect();
-        let mut file = NpyWriter::create(out, cells.len(), self.width())?;
         self.each(&cells, |cells, rows| {
             let ids = cells.iter().map(|&c| corpus.cell_id(c as usize)).collect::<Result<Vec<_>>>()?;
-            file.append(rows, &ids)?;
+            append(rows, &ids)?;
+            progress(cells.len() as u64);
+            Ok(())
+        })
+    }
+
+    /// Writes the rows of all cells, in input order, to `out` (`.npy`) and their ids beside it.
+    pub fn write_npy(&mut self, out: &Path, progress: impl FnMut(u64)) -> Result<()> {
+        let mut file = NpyWriter::create(out, self.corpus.cells(), self.width())?;
+        self.with_ids(|rows, ids| file.append(rows, ids), progress)?;
+        file.finish()
+    }
+
+    /// Writes ids and rows of all cells, in input order, to `out` (`.parquet`).
+    pub fn write_parquet(&mut self, out: &Path, progress: impl FnMut(u64)) -> Result<()> {
+        let mut file = ParquetWriter::create(out, self.width(), &self.provenance()?)?;
+        self.with_ids(|rows, ids| file.append(rows, ids), progress)?;
+        file.finish()
+    }
+
+    /// Writes a copy of an `.h5ad` file with the rows of its cells, and their labels where there is a labeller.
+    pub fn write_h5ad(
+        &mut self,
+        copy: &H5adCopy,
+        labeller: Option<&Labeller>,
+        mut progress: impl FnMut(u64),
+    ) -> Result<()> {
+        let (corpus, width, provenance) = (self.corpus.clone(), self.width(), self.provenance()?);
+        // Cells go through the encoder in the order of the file's rows; a row that the corpus lacks is NaN and has no label.
+        let rows_present: Vec<usize> =
+            (0..copy.cells().len()).filter(|&r| copy.cells()[r] != ABSENT).collect();
+        let cells: Vec<u32> = rows_present.iter().map(|&r| copy.cells()[r]).collect();
+        let mut table = f32::NAN.to_le_bytes().repeat(copy.cells().len() * width); // (rows of the file, D)
+        let mut labels = labeller.map(|l| RowLabels {
+            names: l.names.clone(),
+            codes: vec![-1; copy.cells().len()],
+            scores: vec![f32::NAN; copy.cells().len()],
+        });
+        let mut done = 0;
+        self.each(&cells, |cells, rows| {
+            let at = &rows_present[done..done + cells.len()];
+            for (&r, row) in at.iter().zip(rows.chunks_exact(width)) {
+                let bytes = table[4 * r * width..][..4 * width].chunks_exact_mut(4);
+                bytes.zip(row).for_each(|(b, x)| b.copy_from_slice(&x.to_le_bytes()));
+            }
+            if let (Some(labels), Some(labeller)) = (&mut labels, labeller) {
+                let scores = labeller.scores(&corpus, cells, Some(rows))?;
+                for (&r, row) in at.iter().zip(scores.probability.chunks_exact(labels.names.len().max(1))) {
+                    let best = top(row, 1)[0];
+                    (labels.codes[r], labels.scores[r]) = (best as i32, row[best]);
+                }
+            }
+            done += cells.len();
             progress(cells.len() as u64);
             Ok(())
         })?;
-        file.finish()
+        copy.write(table, width, labels.as_ref(), &provenance)
     }
 }
 
@@ -186,6 +261,14 @@ fn batch_options(config: &ModelConfig, corpus: &Corpus, options: &EmbedOptions) 
         eos: config.vocabulary.eos,
         values: config.value_bins > 0,
     })
+}
+
+/// `cls` or `mean`.
+pub fn pool_name(pooling: Pooling) -> &'static str {
+    match pooling {
+        Pooling::Cls => "cls",
+        Pooling::Mean => "mean",
+    }
 }
 
 /// The run folder that `checkpoint` is or lies in (`RUN` or `RUN/checkpoints/step-N`), where it is one.

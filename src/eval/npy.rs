@@ -7,9 +7,10 @@
 //! Rows are appended as they come, so memory does not grow with the cells; the file gets its name only when the last row
 //! and an fsync are behind it. Cell ids go to a text file beside it, one a line, in the same order.
 
+use super::pending::Pending;
 use crate::error::{Error, Result};
 use std::fs::File;
-use std::io::{BufWriter, Read, Write};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 const MAGIC: &[u8; 8] = b"\x93NUMPY\x01\x00";
@@ -30,53 +31,13 @@ pub fn ids_path(npy: &Path) -> PathBuf {
     npy.with_extension("ids.txt")
 }
 
-/// A file that takes its final name when [`publish`](Self::publish)ed and leaves nothing behind when dropped before.
-pub(crate) struct Pending {
-    file: Option<BufWriter<File>>,
-    temporary: PathBuf,
-    path: PathBuf,
-}
-
-impl Pending {
-    pub(crate) fn create(path: &Path) -> Result<Self> {
-        let name =
-            path.file_name().ok_or_else(|| Error::usage("an output needs a file name").at(path.display()))?;
-        let mut hidden = std::ffi::OsString::from(".");
-        hidden.push(name);
-        hidden.push(format!(".{}.tmp", std::process::id()));
-        let temporary = path.with_file_name(hidden);
-        let file = File::create(&temporary).map_err(|e| Error::io(&temporary, "create the file", &e))?;
-        Ok(Pending {
-            file: Some(BufWriter::with_capacity(1 << 20, file)),
-            temporary,
-            path: path.to_path_buf(),
-        })
-    }
-    pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        let file = self.file.as_mut().expect("open until published");
-        file.write_all(bytes).map_err(|e| Error::io(&self.temporary, "write", &e))
-    }
-    pub(crate) fn publish(mut self) -> Result<()> {
-        let failed = |e: &std::io::Error| Error::io(&self.path, "write", e);
-        let mut file = self.file.take().expect("open until published");
-        file.flush().map_err(|e| failed(&e))?;
-        file.get_ref().sync_all().map_err(|e| failed(&e))?;
-        drop(file);
-        std::fs::rename(&self.temporary, &self.path).map_err(|e| failed(&e))?;
-        // The name itself is durable once its folder is. Some file systems cannot sync a folder: the data is safe there.
-        let folder = self.path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        if let Ok(folder) = File::open(folder) {
-            let _ = folder.sync_all();
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Pending {
-    fn drop(&mut self) {
-        // After a rename there is nothing under this name.
-        let _ = std::fs::remove_file(&self.temporary);
-    }
+/// Refuses rows (n, D) that hold a value that is not finite, naming the cell.
+pub(crate) fn check_finite<S: AsRef<str>>(values: &[f32], width: usize, ids: &[S]) -> Result<()> {
+    let Some(i) = values.iter().position(|x| !x.is_finite()) else { return Ok(()) };
+    Err(Error::input("an embedding holds a value that is not finite")
+        .at(format!("cell {:?}, column {}", ids[i / width].as_ref(), i % width))
+        .found(values[i])
+        .next("check the checkpoint with `cellrefine inspect`; a run that diverged leaves such weights"))
 }
 
 /// Writes rows and ids of an announced number, a block at a time.
@@ -103,14 +64,7 @@ impl NpyWriter {
                 .found(format!("{} values, {} ids after {} rows", values.len(), ids.len(), self.written))
                 .wanted(format!("({}, {})", self.rows, self.width)));
         }
-        if let Some(i) = values.iter().position(|x| !x.is_finite()) {
-            return Err(Error::input("an embedding holds a value that is not finite")
-                .at(format!("cell {:?}, column {}", ids[i / self.width].as_ref(), i % self.width))
-                .found(values[i])
-                .next(
-                    "check the checkpoint with `cellrefine inspect`; a run that diverged leaves such weights",
-                ));
-        }
+        check_finite(values, self.width, ids)?;
         for v in values {
             self.values.write(&v.to_le_bytes())?;
         }
