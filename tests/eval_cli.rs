@@ -370,7 +370,11 @@ fn bad_input_is_refused_with_place_and_remedy() {
     let f = fixture();
     let (x, c, run) = (f.text("x.cells"), f.text("plain"), f.text("run"));
     let h5ad = f.text("e.h5ad");
-    fails(&["embed", "--corpus", &x, "--checkpoint", &c, "--out", &h5ad], 2, &[".npy", "obsm"]);
+    fails(
+        &["embed", "--corpus", &x, "--checkpoint", &c, "--out", &h5ad],
+        2,
+        &["copy of a file", "--h5ad SOURCE.h5ad"],
+    );
     fails(
         &["embed", "--corpus", &x, "--checkpoint", &f.text("nothing"), "--out", &f.text("n.npy")],
         3,
