@@ -104,6 +104,7 @@ pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
             exclude: flags.exclude_label.clone(),
             labels_per_class: flags.labels_per_class,
             seed: global.seed,
+            recorded_by: None,
         },
         part: flags.part,
         markers: flags.markers.as_deref().map(|file| flags.marker.choice(file)),

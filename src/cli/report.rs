@@ -1,29 +1,122 @@
-//! `cellrefine report`: what runs were and what they reached, side by side, from their records alone.
+//! `cellrefine report`: what runs were and what they reached: a table on stdout, and with `--out` a page.
 
 use super::{Global, Output};
+use crate::config::Precision;
+use crate::device::Act;
 use crate::error::{Error, Result};
-use crate::report::jsonl;
-use serde_json::{Map, Value, json};
+use crate::on_backend;
+use crate::ops::Backend;
+use crate::report::measure::{Measures, Options, measure};
+use crate::report::page::{Timings, page};
+use crate::report::run::Run;
+use crate::train::folder::write_atomically;
+use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
 /// Flags of `report`.
 #[derive(Debug, clap::Args)]
-#[command(
-    after_help = "Examples:\n  cellrefine report runs/pretrain runs/refine\n  cellrefine report runs/* --json"
-)]
+#[command(after_help = "\
+The page evaluates each run, and the checkpoint that it started from, on the corpus and the split that the run recorded: before and after. \
+It is one file that needs no network.
+
+Examples:
+  cellrefine report runs/refined --out report.html
+  cellrefine report runs/refined runs/tuned runs/refined-tuned --bench kernels.json --out report.html")]
 pub struct Flags {
     /// Run folders.
     #[arg(required = true, value_name = "RUN")]
     runs: Vec<PathBuf>,
+    /// The page; without it the table is all.
+    #[arg(long, value_name = "FILE.html")]
+    out: Option<PathBuf>,
+    /// Timings for the roofline: the JSON of `bench kernels --out`, or of scripts/gpu-check.sh.
+    #[arg(long, value_name = "FILE.json", requires = "out")]
+    bench: Option<PathBuf>,
+    /// Trace for the time by range: the file of a training command's --trace.
+    #[arg(long, value_name = "FILE.json", requires = "out")]
+    trace: Option<PathBuf>,
+    /// Corpus instead of the one that the runs recorded.
+    #[arg(long, value_name = "X.cells")]
+    corpus: Option<PathBuf>,
+    /// Label column instead of the one that the runs recorded.
+    #[arg(long, value_name = "COL")]
+    label: Option<String>,
+    /// Marker sets instead of those that the runs used.
+    #[arg(long, value_name = "M.gmt")]
+    markers: Option<PathBuf>,
+    /// Most cells of a map: every cell of tail classes, a sample of the others.
+    #[arg(long, value_name = "N", default_value_t = 20_000, value_parser = clap::value_parser!(u32).range(4..=200_000))]
+    map_cells: u32,
+    /// No measures and no maps: what the run folders hold, in a second.
+    #[arg(long)]
+    records_only: bool,
+    /// Arithmetic of the encoder.
+    #[arg(long, value_enum, default_value_t = Precision::F32, value_name = "TYPE")]
+    dtype: Precision,
 }
 
-pub fn run(_global: &Global, flags: &Flags) -> Result<Output> {
-    let runs = flags.runs.iter().map(|run| summary(run)).collect::<Result<Vec<Value>>>()?;
+pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
+    let runs = Run::read_all(&flags.runs)?;
+    let rows = runs.iter().map(summary).collect::<Result<Vec<Value>>>()?;
+    let mut output = Output { text: text(&rows), json: json!({"runs": rows}) };
+    if let Some(out) = &flags.out {
+        let options = Options {
+            corpus: flags.corpus.clone(),
+            label: flags.label.clone(),
+            markers: flags.markers.clone(),
+            seed: global.seed.unwrap_or(0),
+            map_cells: flags.map_cells as usize,
+            records_only: flags.records_only,
+        };
+        let timings = Timings { bench: flags.bench.as_deref(), trace: flags.trace.as_deref() };
+        let measures = on_backend!(global.device, flags.dtype, |dev: B, A| write::<B, A>(
+            dev,
+            &runs,
+            timings,
+            &options,
+            out,
+            &|what| global.note(what)
+        ))?;
+        let missing: Vec<Value> = (measures.models.iter())
+            .filter_map(|m| Some(json!({"model": m.name, "why": m.found.as_ref().err()?})))
+            .collect();
+        output.text += &format!("\nreport: {}\n", out.display());
+        output.json["report"] = json!(out);
+        output.json["not_measured"] = json!(missing);
+    }
+    Ok(output)
+}
+
+/// Measures `runs` and writes the page to `out`.
+///
+/// # Errors
+/// What files, checkpoints and the disk report.
+pub fn write<B: Backend<A>, A: Act>(
+    dev: &B,
+    runs: &[Run],
+    timings: Timings,
+    options: &Options,
+    out: &Path,
+    say: &dyn Fn(&str),
+) -> Result<Measures> {
+    let folder = out.parent().filter(|p| !p.as_os_str().is_empty());
+    if let Some(folder) = folder.filter(|p| !p.is_dir()) {
+        return Err(Error::usage("the page's folder is not there")
+            .at(folder.display())
+            .next(format!("mkdir -p {}", folder.display())));
+    }
+    let measures = measure::<B, A>(dev, runs, options, say)?;
+    let html = page(runs, &measures, timings, options, say)?;
+    write_atomically(out, html.as_bytes())?;
+    Ok(measures)
+}
+
+fn text(rows: &[Value]) -> String {
     let mut text = format!(
         "{:<28} {:<9} {:>8} {:>9} {:>10} {:>24} {:>9} {:>10}\n",
         "run", "stage", "step", "loss", "seconds", "validation", "cells/s", "tokens/s"
     );
-    for run in &runs {
+    for run in rows {
         let number = |name: &str, digits: usize| {
             run[name].as_f64().map_or("-".to_string(), |x| format!("{x:.digits$}"))
         };
@@ -43,46 +136,21 @@ pub fn run(_global: &Global, flags: &Flags) -> Result<Output> {
             number("tokens_per_s", 0)
         );
     }
-    Ok(Output { text, json: json!({"runs": runs}) })
+    text
 }
 
 /// The last record of a run, its last evaluation, and means over its records.
-fn summary(run: &Path) -> Result<Value> {
-    let place = run.join("metrics.jsonl");
-    if !place.is_file() {
-        return Err(Error::input("not a run folder")
-            .at(run.display())
-            .found("no metrics.jsonl")
-            .wanted("a folder that pretrain, refine or finetune wrote"));
+fn summary(run: &Run) -> Result<Value> {
+    let last = run.last();
+    if last.is_null() {
+        let log = run.path.join("metrics.jsonl");
+        return Err(Error::input("the run has no record yet").at(log.display()));
     }
-    let lines = jsonl::read(&place)?;
-    let last = lines.last().ok_or_else(|| Error::input("the run has no record yet").at(place.display()))?;
-    let record: Value = std::fs::read_to_string(run.join("run.json"))
-        .ok()
-        .and_then(|text| serde_json::from_str(&text).ok())
-        .unwrap_or(Value::Null);
-    let sum = |name: &str| lines.iter().filter_map(|line| line[name].as_f64()).sum::<f64>();
-    // A record covers the steps since the one before it: its cells over its rate are its seconds.
-    let seconds: f64 = lines
-        .iter()
-        .filter_map(|line| Some(line["cells"].as_f64()? / line["cells_per_s"].as_f64().filter(|r| *r > 0.0)?))
-        .sum();
-    let evaluation: Map<String, Value> = lines
-        .iter()
-        .rev()
-        .find_map(|line| {
-            let found: Map<String, Value> = line
-                .as_object()?
-                .iter()
-                .filter(|(name, _)| name.starts_with("val_"))
-                .map(|(n, v)| (n.clone(), v.clone()))
-                .collect();
-            (!found.is_empty()).then_some(found)
-        })
-        .unwrap_or_default();
-    Ok(json!({"run": run.display().to_string(), "stage": record["stage"], "label": record["label"],
+    let (cells, tokens, seconds) = (run.sum("cells"), run.sum("tokens"), run.seconds());
+    let record = &run.record;
+    Ok(json!({"run": run.path.display().to_string(), "stage": record["stage"], "label": record["label"],
         "corpus": record["corpus"], "checkpoint": record["checkpoint"], "step": last["step"], "loss": last["loss"],
-        "evaluation": evaluation, "bad_steps": last["bad_steps"], "cells": sum("cells"), "tokens": sum("tokens"),
-        "seconds": seconds, "cells_per_s": sum("cells") / seconds.max(1e-9),
-        "tokens_per_s": sum("tokens") / seconds.max(1e-9), "records": lines.len()}))
+        "evaluation": run.evaluation(), "bad_steps": last["bad_steps"], "cells": cells, "tokens": tokens,
+        "seconds": seconds, "cells_per_s": cells / seconds.max(1e-9),
+        "tokens_per_s": tokens / seconds.max(1e-9), "records": run.steps.len()}))
 }

@@ -13,7 +13,7 @@ use super::metrics::{Classification, RecallAt, classification, recall_at};
 use super::mixing::{Mixing, mixing};
 use super::request::Request;
 use super::rows::Rows;
-use super::summary::Evaluation;
+use super::summary::{Evaluation, Scored};
 use super::types::Types;
 use super::zero_shot::{Evidence, combine, top, with_markers};
 use crate::corpus::Corpus;
@@ -42,6 +42,7 @@ pub fn evaluate<B: Backend<A>, A: Act>(
     let corpus = &request.corpus;
     // The cells first: a misspelt column should not wait for a model.
     let cells = Cells::divide(request)?;
+    let test_cells = cells.test.len();
     let mut notes = Vec::new();
     let mut embedder = Embedder::<B, A>::open(dev, &request.checkpoint, corpus.clone(), &request.embed)?;
     let width = embedder.width();
@@ -65,8 +66,8 @@ pub fn evaluate<B: Backend<A>, A: Act>(
         answers.add_classifier(&c.labels, &heads::logits(&test_rows, &c.weights), &types)?;
     }
     let recall = answers.add_zero_shot(&types, &mut notes)?;
-    answers.methods.push(("linear_probe", frozen.linear_probe.clone()));
-    answers.methods.push(("knn", frozen.knn.clone()));
+    answers.add("linear_probe", &frozen.linear_probe_predictions)?;
+    answers.add("knn", &frozen.knn_predictions)?;
     let evidence = match request.evidence {
         Some(e) if !recall.iter().any(|(have, _)| *have == e) => {
             return combine(e, types.cosines.as_deref(), types.markers.as_deref())
@@ -86,8 +87,19 @@ pub fn evaluate<B: Backend<A>, A: Act>(
             Some(mix(corpus, key, &all, &class, Rows::new(&values, width)?, request.frozen.seed)?)
         }
     };
-    let Answers { classes, methods, .. } = answers;
+    let Answers { classes, methods, called, .. } = answers;
+    let scored = Scored {
+        cells: cells.test,
+        truth: cells.truth,
+        called,
+        rows: test_rows,
+        width,
+        types: types.names,
+        prototypes: types.prototypes,
+        sets: types.sets,
+    };
     Ok(Evaluation {
+        scored,
         classes,
         predictor,
         own,
@@ -101,7 +113,7 @@ pub fn evaluate<B: Backend<A>, A: Act>(
         part: request.part,
         split: cells.split.record(),
         train_cells: cells.visible.len(),
-        test_cells: cells.test.len(),
+        test_cells,
         train_counts: cells.train_counts,
         split_origin: cells.origin,
         checkpoint: embedder.folder().to_path_buf(),
@@ -117,16 +129,25 @@ struct Answers<'a> {
     /// The labels, and behind them the types that are no label.
     classes: Vec<String>,
     methods: Vec<(&'static str, Classification)>,
+    /// The class that each method calls each cell.
+    called: Vec<(&'static str, Vec<usize>)>,
 }
 
 impl<'a> Answers<'a> {
     fn new(cells: &'a Cells) -> Self {
         let labels = &cells.labels.classes;
-        Answers { labels, truth: &cells.truth, classes: labels.clone(), methods: Vec::new() }
+        Answers {
+            labels,
+            truth: &cells.truth,
+            classes: labels.clone(),
+            methods: Vec::new(),
+            called: Vec::new(),
+        }
     }
 
     fn add(&mut self, method: &'static str, called: &[usize]) -> Result<()> {
         self.methods.push((method, classification(self.truth, called, self.classes.len())?));
+        self.called.push((method, called.to_vec()));
         Ok(())
     }
 

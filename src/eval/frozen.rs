@@ -55,6 +55,8 @@ pub struct Frozen {
     pub linear_probe_converged: bool,
     /// kNN on the test rows.
     pub knn: Classification,
+    /// Classes that kNN votes for, (test rows).
+    pub knn_predictions: Vec<usize>,
     /// Mean cosine silhouette of the types.
     pub silhouette: Option<f64>,
     /// Adjusted Rand index of k-means clusters and types.
@@ -95,6 +97,7 @@ pub fn frozen(
         linear_probe_predictions,
         linear_probe_converged: probe.converged,
         knn: classification(test_labels, &voted, classes)?,
+        knn_predictions: voted,
         silhouette: silhouette(
             test_unit,
             test_labels,

@@ -28,6 +28,8 @@ pub struct SplitChoice {
     pub labels_per_class: Option<usize>,
     /// Seed of a split made here.
     pub seed: Option<u64>,
+    /// Run whose recorded split is taken, where nothing else is said [default: the checkpoint's].
+    pub recorded_by: Option<PathBuf>,
 }
 
 /// Marker sets, as flags name them.
@@ -118,7 +120,7 @@ pub fn choose_split(
         (None, Some(text)) => return Ok((fresh(SplitRule::parse_holdout(text, 0.0)?)?, "flags".into())),
         (None, None) => {}
     }
-    let why = match recorded(checkpoint)? {
+    let why = match recorded(choice.recorded_by.as_deref().unwrap_or(checkpoint))? {
         None => "no run recorded a split".to_string(),
         Some((place, r)) if r.corpus_digest != corpus.digest() => {
             format!("{} divides another corpus", place.display())

@@ -5,6 +5,7 @@ use super::metrics::{Classification, RecallAt, ShareThresholds, group_f1};
 use super::mixing::Mixing;
 use super::zero_shot::Evidence;
 use crate::corpus::splits::SplitRecord;
+use crate::genes::markers::MarkerSets;
 use serde_json::{Value, json};
 use std::path::PathBuf;
 
@@ -48,6 +49,28 @@ pub struct Evaluation {
     pub layer: i32,
     /// Types without a prototype or marker set.
     pub notes: Vec<String>,
+    /// What the scores were made from.
+    pub scored: Scored,
+}
+
+/// What the scores were made from, cell by cell: for intervals and pictures.
+pub struct Scored {
+    /// Corpus indices, (C).
+    pub cells: Vec<u32>,
+    /// True classes, (C).
+    pub truth: Vec<usize>,
+    /// Class that each method calls each cell, (C) each.
+    pub called: Vec<(&'static str, Vec<usize>)>,
+    /// Embeddings, (C, D).
+    pub rows: Vec<f32>,
+    /// D.
+    pub width: usize,
+    /// Names of the types of prototypes and marker sets, (P).
+    pub types: Vec<String>,
+    /// Prototypes (P, D) and their centre (D).
+    pub prototypes: Option<(Vec<f32>, Vec<f32>)>,
+    /// Marker sets, (P).
+    pub sets: Option<MarkerSets>,
 }
 
 impl Evaluation {

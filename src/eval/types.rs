@@ -25,6 +25,10 @@ pub(super) struct Types {
     pub cosines: Option<Vec<f32>>,
     /// Where the prototypes came from.
     pub origin: Option<&'static str>,
+    /// The prototypes (P, D) and their centre (D).
+    pub prototypes: Option<(Vec<f32>, Vec<f32>)>,
+    /// The marker sets, in the order of the names.
+    pub sets: Option<MarkerSets>,
 }
 
 impl Types {
@@ -76,7 +80,9 @@ impl Types {
             .as_ref()
             .map(|p| cosines(test, Rows::new(&p.vectors, width)?, &p.centre))
             .transpose()?;
-        Ok(Types { names, map, markers, cosines, origin: prototypes.map(|p| p.origin) })
+        let origin = prototypes.as_ref().map(|p| p.origin);
+        let prototypes = prototypes.map(|p| (p.vectors, p.centre));
+        Ok(Types { names, map, markers, cosines, origin, prototypes, sets })
     }
 
     /// Which type each of `labels` is.

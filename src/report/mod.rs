@@ -1,4 +1,27 @@
-//! Run records: one JSON object per logged step ([`jsonl`]) and the same numbers as TensorBoard events ([`tensorboard`]).
+//! What a run tells: records while it trains, and one page over several when they are done.
+//!
+//! | file | what |
+//! |---|---|
+//! | [`jsonl`], [`tensorboard`] | one object a logged step; the same numbers as TensorBoard events |
+//! | [`run`] | a run folder as its readers see it |
+//! | [`measure`], [`scores`], [`bootstrap`] | `eval` of runs and of what they started from; intervals |
+//! | [`map`], [`pca`], [`tsne`], [`quadtree`] | embeddings in a plane |
+//! | [`page`], [`headline`], [`provenance`], [`charts`] | the page and its parts |
+//! | [`svg`], [`html`] | drawing; escaping |
 
+pub mod bootstrap;
+pub mod charts;
+pub mod headline;
+pub mod html;
 pub mod jsonl;
+pub mod map;
+pub mod measure;
+pub mod page;
+pub mod pca;
+pub mod provenance;
+pub mod quadtree;
+pub mod run;
+pub mod scores;
+pub mod svg;
 pub mod tensorboard;
+pub mod tsne;
