@@ -23,6 +23,8 @@ use crate::eval::summary::Evaluation;
 use crate::genes::vocab::Vocab;
 use crate::import::medians::{BuildOptions, build};
 use crate::import::pack::{PackOptions, pack};
+use crate::report::page::{Timings, write as write_report};
+use crate::report::{self, run::Run};
 use crate::train::{MarkerInputs, RunInputs, SplitFlags, Unwatched, stages};
 use serde_json::{Value, json};
 use std::collections::HashSet;
@@ -37,6 +39,9 @@ const MARKERS: &[u8] = include_bytes!("../data/pbmc700/markers.gmt");
 pub const LABEL: &str = "cell_type";
 /// Division of the cells.
 const SPLIT: &str = "train=0.67,test=0.33";
+
+/// The page, in the demo's folder.
+pub const REPORT: &str = "report.html";
 
 /// How long each stage trains, in passes over the training cells.
 #[derive(Debug, Clone, Copy)]
@@ -103,7 +108,23 @@ pub fn run(options: &Options, mut say: impl FnMut(&str)) -> Result<Vec<SeedResul
     for &seed in &options.seeds {
         results.push(run_seed(options, seed, &cells, &markers, &drawn, &mut say)?);
     }
+    say("report");
+    report(options)?;
     Ok(results)
+}
+
+/// The page over the first seed's runs: what the table says in means, there cell by cell.
+fn report(options: &Options) -> Result<()> {
+    let folder = options.out.join(format!("seed-{}", options.seeds[0]));
+    let runs = Run::read_all(&["refined", "tuned", "refined-tuned"].map(|name| folder.join(name)))?;
+    let settings = report::measure::Options {
+        markers: Some(options.out.join("data/markers.gmt")),
+        seed: options.seeds[0],
+        map_cells: 20_000,
+        ..Default::default()
+    };
+    write_report::<Cpu, f32>(&Cpu, &runs, Timings::default(), &settings, &options.out.join(REPORT), &|_| ())?;
+    Ok(())
 }
 
 fn run_seed(
@@ -295,7 +316,7 @@ pub fn to_json(options: &Options, results: &[SeedResult]) -> Value {
         })
         .collect();
     let regression = |i: usize| mean_and_spread(results.iter().map(move |r| r.regression[i])).0;
-    json!({"out": options.out, "cells": 700, "seeds": options.seeds, "epochs": {"pretrain": options.epochs.pretrain,
+    json!({"out": options.out, "report": options.out.join(REPORT), "cells": 700, "seeds": options.seeds, "epochs": {"pretrain": options.epochs.pretrain,
         "refine": options.epochs.refine, "finetune": options.epochs.finetune}, "table": rows,
         "logistic_regression": {"macro_f1": regression(0), "tail_f1": regression(1)}, "per_seed": results})
 }

@@ -2,7 +2,7 @@
 
 use super::{Global, Output};
 use crate::config::Sources;
-use crate::demo::{Epochs, MEASURES, Options, SeedResult, mean_and_spread, run as run_demo, to_json};
+use crate::demo::{Epochs, MEASURES, Options, REPORT, SeedResult, mean_and_spread, run as run_demo, to_json};
 use crate::error::{Error, Result};
 use std::fmt::Write;
 use std::path::PathBuf;
@@ -85,7 +85,8 @@ fn text(options: &Options, results: &[SeedResult], seconds: f64) -> String {
     );
     let out = options.out.display();
     let seed = options.seeds[0];
-    let _ = writeln!(t, "\noutputs: {out}  (runs, corpora, table.json)");
+    let _ = writeln!(t, "\nreport:  {out}/{REPORT}  (before and after, cell by cell: open it in a browser)");
+    let _ = writeln!(t, "outputs: {out}  (runs, corpora, table.json)");
     let _ = writeln!(
         t,
         "look:    cellrefine eval --corpus {out}/seed-{seed}/pbmc700.cells --checkpoint {out}/seed-{seed}/refined --label cell_type"

@@ -23,6 +23,7 @@ mod refine;
 mod report;
 mod training;
 mod vocab;
+mod watch;
 
 pub use progress::Progress;
 
@@ -139,6 +140,8 @@ enum Command {
     Eval(eval::Flags),
     /// One self-contained page over one or more runs.
     Report(report::Flags),
+    /// A run as it goes: loss, pace, time left, last checkpoint.
+    Watch(watch::Flags),
     /// Timings against counted floors, as JSON.
     Bench(bench::Flags),
     /// Memory and FLOPs of a run before it starts, per named buffer.
@@ -166,6 +169,7 @@ fn dispatch(global: &Global, command: &Command) -> Result<Output> {
         Command::Annotate(f) => annotate::run(global, f),
         Command::Eval(f) => eval::run(global, f),
         Command::Report(f) => report::run(global, f),
+        Command::Watch(f) => watch::run(global, f),
         Command::Bench(f) => bench::run(global, f),
         Command::Plan(f) => plan::run(global, f),
         Command::Doctor(f) => doctor::run(global, f),

@@ -2,12 +2,15 @@
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 /// Counts work done. Safe to share between threads.
 pub struct Progress {
     bar: ProgressBar,
     what: String,
+    /// Work that was done before this began.
+    start: AtomicU64,
     /// When to print the next plain line; `None` on a terminal or when silent.
     next_line: Option<Mutex<Instant>>,
 }
@@ -20,21 +23,28 @@ impl Progress {
             if talks && terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
         let bar = ProgressBar::with_draw_target(total, target);
         let template = if total.is_some() {
-            "{msg} [{bar:30}] {human_pos}/{human_len} {per_sec} {eta}"
+            "{prefix} [{bar:24}] {human_pos}/{human_len} {per_sec}, {eta} left  {wide_msg}"
         } else {
-            "{msg} {spinner} {human_pos} {per_sec}"
+            "{prefix} {spinner} {human_pos} {per_sec}  {wide_msg}"
         };
         bar.set_style(
             ProgressStyle::with_template(template).expect("a valid template").progress_chars("=> "),
         );
-        bar.set_message(what.to_string());
+        bar.set_prefix(what.to_string());
         let next_line = (talks && !terminal).then(|| Mutex::new(Instant::now() + LINE_EVERY));
-        Progress { bar, what: what.to_string(), next_line }
+        Progress { bar, what: what.to_string(), start: AtomicU64::new(0), next_line }
     }
 
     /// A progress that shows nothing: for library use and tests.
     pub fn silent() -> Self {
         Self::new("", None, false, false)
+    }
+
+    /// The first `n` units were done before: they say nothing of the pace.
+    pub fn start_at(&self, n: u64) {
+        self.bar.set_position(n);
+        self.bar.reset_eta();
+        self.start.store(n, Relaxed);
     }
 
     /// Adds `n` units of finished work.
@@ -43,7 +53,7 @@ impl Progress {
         self.line();
     }
 
-    /// Replaces the text in front of the bar.
+    /// Replaces the text behind the bar, cut where the terminal ends.
     pub fn say(&self, text: &str) {
         self.bar.set_message(text.to_string());
     }
@@ -60,9 +70,14 @@ impl Progress {
             *next = Instant::now() + LINE_EVERY;
             let (done, seconds) = (self.bar.position(), self.bar.elapsed().as_secs_f64());
             let of = self.bar.length().map(|n| format!("/{n}")).unwrap_or_default();
+            // Work that was there from the start (a resumed run) is no measure of the pace.
+            let pace = (done - self.start.load(Relaxed).min(done)) as f64 / seconds.max(1e-9);
+            let left =
+                self.bar.length().map(|n| n.saturating_sub(done) as f64 / pace).filter(|s| s.is_finite());
+            let left = left.map(|s| format!(", about {s:.0} s left")).unwrap_or_default();
             let message = self.bar.message();
-            let what = if message.is_empty() { &self.what } else { &message };
-            eprintln!("{what}: {done}{of} after {seconds:.0} s");
+            let says = if message.is_empty() { String::new() } else { format!("; {message}") };
+            eprintln!("{}: {done}{of} after {seconds:.0} s{left}{says}", self.what);
         }
     }
 

@@ -2,16 +2,13 @@
 
 use super::{Global, Output};
 use crate::config::Precision;
-use crate::device::Act;
 use crate::error::{Error, Result};
 use crate::on_backend;
-use crate::ops::Backend;
-use crate::report::measure::{Measures, Options, measure};
-use crate::report::page::{Timings, page};
+use crate::report::measure::Options;
+use crate::report::page::{Timings, write};
 use crate::report::run::Run;
-use crate::train::folder::write_atomically;
 use serde_json::{Value, json};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// Flags of `report`.
 #[derive(Debug, clap::Args)]
@@ -85,30 +82,6 @@ pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
         output.json["not_measured"] = json!(missing);
     }
     Ok(output)
-}
-
-/// Measures `runs` and writes the page to `out`.
-///
-/// # Errors
-/// What files, checkpoints and the disk report.
-pub fn write<B: Backend<A>, A: Act>(
-    dev: &B,
-    runs: &[Run],
-    timings: Timings,
-    options: &Options,
-    out: &Path,
-    say: &dyn Fn(&str),
-) -> Result<Measures> {
-    let folder = out.parent().filter(|p| !p.as_os_str().is_empty());
-    if let Some(folder) = folder.filter(|p| !p.is_dir()) {
-        return Err(Error::usage("the page's folder is not there")
-            .at(folder.display())
-            .next(format!("mkdir -p {}", folder.display())));
-    }
-    let measures = measure::<B, A>(dev, runs, options, say)?;
-    let html = page(runs, &measures, timings, options, say)?;
-    write_atomically(out, html.as_bytes())?;
-    Ok(measures)
 }
 
 fn text(rows: &[Value]) -> String {

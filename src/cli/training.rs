@@ -143,7 +143,7 @@ impl<'a> Watcher<'a> {
 impl Observer for Watcher<'_> {
     fn begin(&mut self, stage: Stage, step: u64, steps: u64) {
         let progress = self.global.progress(stage.name(), Some(steps));
-        progress.add(step);
+        progress.start_at(step);
         self.progress = Some(progress);
     }
 

@@ -9,6 +9,27 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+/// Fields of a record that are no term of the loss; measures on validation cells begin with `val_`.
+pub const NOT_TERMS: [&str; 17] = [
+    "step",
+    "steps",
+    "time",
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "epoch",
+    "cells",
+    "tokens",
+    "dt_ms",
+    "cells_per_s",
+    "tokens_per_s",
+    "gflop_per_s",
+    "peak_gflop_per_s",
+    "bad_steps",
+    "host_memory_bytes",
+    "fraction_of_peak",
+];
+
 /// An open `metrics.jsonl`.
 #[derive(Debug)]
 pub struct JsonLines {

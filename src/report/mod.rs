@@ -2,7 +2,8 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | [`jsonl`], [`tensorboard`] | one object a logged step; the same numbers as TensorBoard events |
+//! | [`jsonl`], [`tensorboard`], [`prometheus`] | one object a logged step; the same numbers for TensorBoard and Prometheus |
+//! | [`status`] | how a run stands at this moment |
 //! | [`run`] | a run folder as its readers see it |
 //! | [`measure`], [`scores`], [`bootstrap`] | `eval` of runs and of what they started from; intervals |
 //! | [`map`], [`pca`], [`tsne`], [`quadtree`] | embeddings in a plane |
@@ -18,10 +19,12 @@ pub mod map;
 pub mod measure;
 pub mod page;
 pub mod pca;
+pub mod prometheus;
 pub mod provenance;
 pub mod quadtree;
 pub mod run;
 pub mod scores;
+pub mod status;
 pub mod svg;
 pub mod tensorboard;
 pub mod tsne;

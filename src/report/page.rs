@@ -11,13 +11,16 @@ use super::charts::scatter::{PairOfTypes, correlation, scatter};
 use super::headline::{sentence, tiles};
 use super::html::{base64, escape, folded_table, number, script_json};
 use super::map::{CellSet, Plane, maps, quantised};
-use super::measure::{Measures, Model, Options, Pair};
+use super::measure::{Measures, Model, Options, Pair, measure};
 use super::provenance::provenance;
 use super::run::Run;
 use super::scores::{Scores, classes};
-use crate::error::Result;
+use crate::device::Act;
+use crate::error::{Error, Result};
 use crate::eval::rows::Rows;
 use crate::eval::zero_shot::cosines;
+use crate::ops::Backend;
+use crate::train::folder::write_atomically;
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -28,6 +31,30 @@ pub struct Timings<'a> {
     pub bench: Option<&'a Path>,
     /// File of `--trace`.
     pub trace: Option<&'a Path>,
+}
+
+/// Measures `runs` and writes the page to `out`.
+///
+/// # Errors
+/// What files, checkpoints and the disk report.
+pub fn write<B: Backend<A>, A: Act>(
+    dev: &B,
+    runs: &[Run],
+    timings: Timings,
+    options: &Options,
+    out: &Path,
+    say: &dyn Fn(&str),
+) -> Result<Measures> {
+    let folder = out.parent().filter(|p| !p.as_os_str().is_empty());
+    if let Some(folder) = folder.filter(|p| !p.is_dir()) {
+        return Err(Error::usage("the page's folder is not there")
+            .at(folder.display())
+            .next(format!("mkdir -p {}", folder.display())));
+    }
+    let measures = measure::<B, A>(dev, runs, options, say)?;
+    let html = page(runs, &measures, timings, options, say)?;
+    write_atomically(out, html.as_bytes())?;
+    Ok(measures)
 }
 
 /// The page over `runs`, measured.

@@ -1,30 +1,11 @@
 //! A run folder as its readers see it: what it was told, what it logged, what it published. Nothing here writes, and a folder
 //! that another process fills at this moment is read as far as it has come.
 
-use super::jsonl;
+use super::jsonl::{self, NOT_TERMS};
 use crate::error::{Error, Result};
 use crate::train::folder::{checkpoints, read_manifest};
 use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
-
-/// Fields of a record that are no term of the loss.
-const NOT_TERMS: [&str; 15] = [
-    "step",
-    "time",
-    "loss",
-    "learning_rate",
-    "grad_norm",
-    "epoch",
-    "cells",
-    "tokens",
-    "dt_ms",
-    "cells_per_s",
-    "tokens_per_s",
-    "gflop_per_s",
-    "bad_steps",
-    "host_memory_bytes",
-    "fraction_of_peak",
-];
 
 /// One run.
 #[derive(Debug, Clone)]
@@ -105,20 +86,12 @@ impl Run {
         self.steps.last().unwrap_or(&Value::Null)
     }
 
-    /// Steps of the whole run, where a checkpoint or the settings say: `(steps, are they certain)`.
-    pub fn total_steps(&self) -> Option<u64> {
-        let saved = self.checkpoint.as_ref().and_then(|(_, _, m)| m["loop"]["steps"].as_u64());
-        let set = self.settings.get("train").and_then(|t| t.get("steps")).and_then(toml::Value::as_integer);
-        saved.or_else(|| self.last()["steps"].as_u64()).or(set.filter(|s| *s > 0).map(|s| s as u64))
-    }
-
     /// Names of the loss terms, in the order of the log.
     pub fn terms(&self) -> Vec<String> {
         let mut terms: Vec<String> = Vec::new();
         for line in self.steps.iter().take(1).chain(self.steps.last()) {
             for (name, value) in line.as_object().unwrap_or(&Map::new()) {
-                let known =
-                    NOT_TERMS.contains(&name.as_str()) || name == "peak_gflop_per_s" || name == "steps";
+                let known = NOT_TERMS.contains(&name.as_str());
                 if !known && !name.starts_with("val_") && !value.is_string() && !terms.contains(name) {
                     terms.push(name.clone());
                 }

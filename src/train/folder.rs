@@ -103,7 +103,7 @@ impl RunFolder {
 
     /// Forgets pointers and checkpoints: a run that starts afresh in a folder without a usable checkpoint.
     pub fn clear(&self) -> Result<()> {
-        for name in ["best", "last", "metrics.jsonl"] {
+        for name in ["best", "last", "metrics.jsonl", "metrics.prom"] {
             let _ = fs::remove_file(self.root.join(name));
         }
         remove(&self.root.join("checkpoints"))?;

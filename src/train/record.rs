@@ -8,6 +8,7 @@ use crate::error::Result;
 use crate::model::ModelConfig;
 use crate::model::flops::{self, Work};
 use crate::report::jsonl::JsonLines;
+use crate::report::prometheus::PromFile;
 use crate::report::tensorboard::EventFile;
 use serde_json::{Value, json};
 use std::path::Path;
@@ -218,20 +219,27 @@ pub fn resident_bytes() -> u64 {
 pub struct Writers {
     lines: JsonLines,
     events: EventFile,
+    prom: PromFile,
+    steps: u64,
 }
 
 impl Writers {
-    /// Opens the records in `folder` to go on after `step`.
-    pub fn open(folder: &Path, step: u64) -> Result<Writers> {
+    /// Opens the records in `folder` to go on after `step` of `steps`.
+    pub fn open(folder: &Path, step: u64, steps: u64) -> Result<Writers> {
         Ok(Writers {
             lines: JsonLines::open(&folder.join("metrics.jsonl"), step)?,
             events: EventFile::create(folder, step)?,
+            prom: PromFile::new(folder),
+            steps,
         })
     }
 
-    /// Writes one step to both.
+    /// Writes one step to all of them.
     pub fn write(&mut self, record: &StepRecord) -> Result<()> {
-        self.lines.write(&record.to_json())?;
-        self.events.scalars(record.step, record.scalars())
+        let mut line = record.to_json();
+        line["steps"] = json!(self.steps);
+        self.lines.write(&line)?;
+        self.events.scalars(record.step, record.scalars())?;
+        self.prom.write(&line, &record.loss.terms)
     }
 }

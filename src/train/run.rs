@@ -98,7 +98,7 @@ pub fn run<B: Backend<A>, A: Act>(
     let packer = Packer::sampled(trunk.corpus.clone(), sampler, trunk.options.clone())?;
     let loader = Loader::spawn(packer, settings.batch.ahead)?;
     session.observer.begin(session.stage, state.step, state.steps);
-    let writers = Writers::open(session.folder.path(), state.step)?;
+    let writers = Writers::open(session.folder.path(), state.step, state.steps)?;
     let schedule = Schedule::of(&settings.optimizer, state.steps);
     let meter = Meter::new(session.peak_flop_per_s);
     let mut run = Run {

@@ -152,7 +152,7 @@ impl Bench {
         let ridge =
             self.peak_tflop_per_s.zip(self.copy_gb_per_s.filter(|c| *c > 0.0)).map(|(p, c)| 1e3 * p / c);
         let decade = |v: f64, up: bool| 10f64.powf(if up { v.log10().ceil() } else { v.log10().floor() });
-        let high = ridge.map_or(high, |r| high.max(2.0 * r));
+        let (low, high) = ridge.map_or((low, high), |r| (low.min(r / 2.0), high.max(2.0 * r)));
         let x = Scale::log(decade(low, false), decade(high, true), 44.0, width - 14.0);
         let top = self.peak_tflop_per_s.unwrap_or(fast).max(fast);
         let y = Scale::log(decade(slow, false), decade(top * 1.3, true), height - 38.0, 16.0);
