@@ -43,16 +43,9 @@ impl EventFile {
             .open(&path)
             .map_err(|e| Error::io(&path, "create the event file", &e))?;
         let mut events = EventFile { file, path };
-        let mut version = event(now, None);
-        bytes_field(&mut version, 3, b"brain.Event:2");
-        events.append(&version)?;
+        events.append(&version(now))?;
         if resumed_step > 0 {
-            let mut start = event(now, Some(resumed_step));
-            let mut session = Vec::new();
-            key(&mut session, 1, VARINT);
-            varint(&mut session, SESSION_START);
-            bytes_field(&mut start, 7, &session);
-            events.append(&start)?;
+            events.append(&session_start(now, resumed_step))?;
         }
         Ok(events)
     }
@@ -63,16 +56,7 @@ impl EventFile {
         step: u64,
         scalars: impl IntoIterator<Item = (&'a str, f64)>,
     ) -> Result<()> {
-        let mut summary = Vec::new();
-        for (tag, number) in scalars {
-            let mut value = Vec::new();
-            bytes_field(&mut value, 1, tag.as_bytes());
-            key(&mut value, 2, FIXED32);
-            value.extend_from_slice(&(number as f32).to_le_bytes());
-            bytes_field(&mut summary, 1, &value);
-        }
-        let mut record = event(wall_time(), Some(step));
-        bytes_field(&mut record, 5, &summary);
+        let record = summary(wall_time(), step, scalars);
         self.append(&record)
     }
 
@@ -95,6 +79,38 @@ fn event(wall_time: f64, step: Option<u64>) -> Vec<u8> {
         varint(&mut out, step);
     }
     out
+}
+
+/// The first record of a file.
+fn version(wall_time: f64) -> Vec<u8> {
+    let mut record = event(wall_time, None);
+    bytes_field(&mut record, 3, b"brain.Event:2");
+    record
+}
+
+/// What makes TensorBoard forget the steps of an earlier file from `step` on.
+fn session_start(wall_time: f64, step: u64) -> Vec<u8> {
+    let mut session = Vec::new();
+    key(&mut session, 1, VARINT);
+    varint(&mut session, SESSION_START);
+    let mut record = event(wall_time, Some(step));
+    bytes_field(&mut record, 7, &session);
+    record
+}
+
+/// The scalars (tag, value) of one step.
+fn summary<'a>(wall_time: f64, step: u64, scalars: impl IntoIterator<Item = (&'a str, f64)>) -> Vec<u8> {
+    let mut summary = Vec::new();
+    for (tag, number) in scalars {
+        let mut value = Vec::new();
+        bytes_field(&mut value, 1, tag.as_bytes());
+        key(&mut value, 2, FIXED32);
+        value.extend_from_slice(&(number as f32).to_le_bytes());
+        bytes_field(&mut summary, 1, &value);
+    }
+    let mut record = event(wall_time, Some(step));
+    bytes_field(&mut record, 5, &summary);
+    record
 }
 
 fn framed(payload: &[u8]) -> Vec<u8> {
@@ -134,19 +150,34 @@ fn bytes_field(out: &mut Vec<u8>, field: u8, bytes: &[u8]) {
 mod tests {
     use super::*;
 
-    /// `tensorboard.summary.writer.record_writer.RecordWriter` (2.21.0) on
-    /// `Event(wall_time=1.0, file_version="brain.Event:2").SerializeToString()`.
+    /// scripts/golden/check_tensorboard.py wrote the file with TensorBoard's protocol buffers and record writer, and read it with
+    /// TensorBoard's event reader into the .json beside it.
     #[test]
-    fn version_record_equals_the_reference_writer() {
-        let mut version = event(1.0, None);
-        bytes_field(&mut version, 3, b"brain.Event:2");
-        assert_eq!(framed(&version), GOLDEN);
+    fn our_bytes_are_those_of_the_reference_writer() {
+        let mut ours = framed(&version(1_795_360_778.0));
+        ours.extend(framed(&session_start(1_795_360_778.0, 300)));
+        let steps: [(u64, f64, &[(&str, f64)]); 3] = [
+            (301, 1_795_360_779.25, &[("loss", 0.25), ("learning_rate", 1e-3)]),
+            (302, 1_795_360_780.5, &[("loss", -3.5e8), ("grad_norm", 1e-30), ("β", 0.1)]),
+            (5_000_000_000, 1_795_360_781.0, &[("loss", f64::INFINITY)]),
+        ];
+        for (step, time, scalars) in steps {
+            ours.extend(framed(&summary(time, step, scalars.iter().copied())));
+        }
+        assert_eq!(ours, include_bytes!("../../tests/golden/tensorboard.bin"));
+        // The reader's values: what was given, in f32.
+        let read: serde_json::Value =
+            serde_json::from_str(include_str!("../../tests/golden/tensorboard.json")).unwrap();
+        for (step, time, scalars) in steps {
+            for (tag, value) in scalars.iter().filter(|s| s.1.is_finite()) {
+                let point = read[*tag].as_array().unwrap().iter().find(|p| p[0] == step).unwrap();
+                assert_eq!(
+                    (point[1].as_f64(), point[2].as_f64().map(|v| v as f32)),
+                    (Some(time), Some(*value as f32))
+                );
+            }
+        }
     }
-
-    const GOLDEN: &[u8] = &[
-        24, 0, 0, 0, 0, 0, 0, 0, 163, 127, 75, 34, 9, 0, 0, 0, 0, 0, 0, 240, 63, 26, 13, 98, 114, 97, 105,
-        110, 46, 69, 118, 101, 110, 116, 58, 50, 134, 191, 87, 122,
-    ];
 
     #[test]
     fn every_record_frames_and_checks() {

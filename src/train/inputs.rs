@@ -171,7 +171,7 @@ impl Opened {
     /// Writes `run.json`: what the run was given, for `inspect`, `report` and later stages.
     pub fn write_run_record(&self, stage: Stage, inputs: &RunInputs, identity: &Value) -> Result<()> {
         let record = json!({"stage": stage, "version": env!("CARGO_PKG_VERSION"), "corpus": inputs.corpus,
-            "checkpoint": inputs.checkpoint, "preset": inputs.preset, "label": self.split.spec.label,
+            "checkpoint": inputs.checkpoint, "preset": inputs.preset, "device": inputs.device.to_string(), "label": self.split.spec.label,
             "inputs": identity});
         write_atomically(&inputs.out.join(RUN), format!("{record:#}\n").as_bytes())
     }
