@@ -27,6 +27,9 @@ pub struct Draws {
     pub f1: Vec<Vec<f64>>,
 }
 
+/// One method in one draw: accuracy, macro-F1, tail F1, F1 by class.
+type Draw = (f64, f64, f64, Vec<f64>);
+
 /// The middle 95 % of `values`; NaN where there are none.
 pub fn interval(values: impl IntoIterator<Item = f64>) -> Interval {
     let mut sorted: Vec<f64> = values.into_iter().filter(|v| v.is_finite()).collect();
@@ -66,7 +69,7 @@ pub fn draws(truth: &[usize], called: &[&[usize]], classes: usize, tail: &[bool]
             seen
         })
         .collect();
-    let per_draw: Vec<Vec<(f64, f64, f64, Vec<f64>)>> = (0..DRAWS)
+    let per_draw: Vec<Vec<Draw>> = (0..DRAWS)
         .into_par_iter()
         .map(|draw| {
             let mut rng = Philox::new(seed, STREAM + draw as u32, site::EVAL);
@@ -103,8 +106,7 @@ pub fn draws(truth: &[usize], called: &[&[usize]], classes: usize, tail: &[bool]
         .collect();
     (0..called.len())
         .map(|m| {
-            let column =
-                |of: fn(&(f64, f64, f64, Vec<f64>)) -> f64| per_draw.iter().map(|d| of(&d[m])).collect();
+            let column = |of: fn(&Draw) -> f64| per_draw.iter().map(|d| of(&d[m])).collect();
             Draws {
                 accuracy: column(|d| d.0),
                 macro_f1: column(|d| d.1),

@@ -156,7 +156,8 @@ mod tests {
     fn our_bytes_are_those_of_the_reference_writer() {
         let mut ours = framed(&version(1_795_360_778.0));
         ours.extend(framed(&session_start(1_795_360_778.0, 300)));
-        let steps: [(u64, f64, &[(&str, f64)]); 3] = [
+        type Step = (u64, f64, &'static [(&'static str, f64)]);
+        let steps: [Step; 3] = [
             (301, 1_795_360_779.25, &[("loss", 0.25), ("learning_rate", 1e-3)]),
             (302, 1_795_360_780.5, &[("loss", -3.5e8), ("grad_norm", 1e-30), ("β", 0.1)]),
             (5_000_000_000, 1_795_360_781.0, &[("loss", f64::INFINITY)]),
