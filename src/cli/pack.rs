@@ -15,11 +15,19 @@ Ranks follow Geneformer: count / total · 10,000 / median, descending, ties by m
 normalised names the slot that holds counts. Names of cells, obs columns and the order of cells are kept. The share that --min-gene-match \
 looks at is matched names / min(names in the file, genes in the vocabulary).
 
+Files:
+  .h5ad              AnnData: X, raw or a layer as CSR, CSC or dense
+  10x .h5            Cell Ranger's feature matrix, version 2 or 3; Gene Expression alone
+  10x MTX folder     matrix.mtx, barcodes.tsv, features.tsv or genes.tsv, each gzip or not
+  .dataset folder    Geneformer's tokenised cells (save_to_disk); ids must be of --vocab, columns become obs columns
+
 Examples:
   cellrefine pack cells.h5ad --vocab V.tsv --out cells.cells
+  cellrefine pack filtered_feature_bc_matrix --vocab V.tsv --out run1.cells
+  cellrefine pack tokenised.dataset --vocab V.tsv --out tokenised.cells
   cellrefine pack a.h5ad b.h5ad --vocab V.tsv --out both.cells --counts raw --obs cell_type donor")]
 pub struct Flags {
-    /// Input .h5ad files, in the order in which their cells are wanted.
+    /// Inputs, in the order in which their cells are wanted: .h5ad, 10x .h5, 10x MTX folders, Geneformer .dataset folders.
     #[arg(required = true, value_name = "IN")]
     inputs: Vec<PathBuf>,
     /// Vocabulary, from `vocab build` or `vocab convert`.
@@ -40,9 +48,12 @@ pub struct Flags {
     /// Symbols to Ensembl ids, TSV, plain or gzip.
     #[arg(long, value_name = "FILE")]
     gene_map: Option<PathBuf>,
-    /// Slot of the raw counts: X, raw or layers/NAME [default: X].
+    /// Slot of the raw counts in an .h5ad file: X, raw or layers/NAME [default: X].
     #[arg(long, value_name = "SLOT")]
     counts: Option<String>,
+    /// Genome to take from a 10x file that holds several, such as GRCh38.
+    #[arg(long, value_name = "NAME")]
+    genome: Option<String>,
     /// Least share of matching genes, 0 to 1.
     #[arg(long, default_value_t = 0.5, value_name = "SHARE")]
     min_gene_match: f64,
@@ -98,6 +109,7 @@ pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
     let gene_map = flags.gene_map.as_ref().map(SymbolMap::load).transpose()?;
     let options = PackOptions {
         counts: flags.counts.clone(),
+        genome: flags.genome.clone(),
         genes: flags.genes.clone(),
         gene_map: gene_map.as_ref(),
         min_gene_match: flags.min_gene_match,
@@ -120,8 +132,12 @@ pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
     progress.finish();
     let report = outcome?;
     for file in &report.files {
-        global.note(format!("{} ({}): {}", file.file, file.counts, file.genes.to_text()));
-        if 2 * file.genes.upper_cased > file.genes.matched {
+        let Some(genes) = &file.genes else {
+            global.note(format!("{} ({}): token ids taken as they are", file.file, file.counts));
+            continue;
+        };
+        global.note(format!("{} ({}): {}", file.file, file.counts, genes.to_text()));
+        if 2 * genes.upper_cased > genes.matched {
             global
                 .note("  most symbols matched in upper case only: is this file of the vocabulary's species?");
         }

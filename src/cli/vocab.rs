@@ -30,6 +30,7 @@ Ensembl ids where a column of var holds them; symbols beside them are kept.
 
 Examples:
   cellrefine vocab build cells.h5ad --out V.tsv
+  cellrefine vocab build filtered_feature_bc_matrix.h5 --out V.tsv
   cellrefine vocab build a.h5ad b.h5ad --counts raw --min-cells 10 --out V.tsv")]
     Build(Build),
     /// From Geneformer's token dictionary and medians (TSV, JSON or pickle), or symbols added to a vocabulary.
@@ -44,7 +45,7 @@ Examples:
 
 #[derive(Debug, clap::Args)]
 struct Build {
-    /// Input .h5ad files.
+    /// Inputs: .h5ad, 10x .h5, 10x MTX folders.
     #[arg(required = true, value_name = "IN")]
     inputs: Vec<PathBuf>,
     /// The vocabulary to write.
@@ -53,9 +54,12 @@ struct Build {
     /// var column of gene ids [default: the one of Ensembl ids, or else the index].
     #[arg(long, value_name = "COL")]
     genes: Option<String>,
-    /// Slot of the raw counts: X, raw or layers/NAME [default: X].
+    /// Slot of the raw counts in an .h5ad file: X, raw or layers/NAME [default: X].
     #[arg(long, value_name = "SLOT")]
     counts: Option<String>,
+    /// Genome to take from a 10x file that holds several, such as GRCh38.
+    #[arg(long, value_name = "NAME")]
+    genome: Option<String>,
     /// Text file of cell names, one a line: medians from these cells alone, such as the training part.
     #[arg(long, value_name = "FILE")]
     cells: Option<PathBuf>,
@@ -108,6 +112,7 @@ fn run_build(f: &Build) -> Result<Output> {
     let cells = f.cells.as_deref().map(read_names).transpose()?;
     let options = BuildOptions {
         counts: f.counts.clone(),
+        genome: f.genome.clone(),
         genes: f.genes.clone(),
         specials: specials.iter().map(|s| s.to_string()).collect(),
         symbols: symbols.as_ref(),

@@ -68,6 +68,19 @@ pub(super) fn open_sparse(
                 .wanted("an attribute shape = (cells, genes)"));
         }
     };
+    let c = open_arrays(source, slot, rows, columns, by_rows)?;
+    Ok((rows, columns, by_rows, c))
+}
+
+/// Opens `data`, `indices` and `indptr` of a group, with their lengths checked against the matrix and each other.
+pub(super) fn open_arrays(
+    source: &dyn H5Source,
+    slot: &str,
+    rows: u64,
+    columns: u64,
+    by_rows: bool,
+) -> Result<Compressed> {
+    let place = &format!("{}:{slot}", source.name());
     let open = |name: &str| -> Result<(Box<dyn H5Array>, NumberType)> {
         let path = format!("{slot}/{name}");
         if source.node(&path)? != Some(Node::Array) {
@@ -120,7 +133,7 @@ pub(super) fn open_sparse(
             entries,
         ));
     }
-    Ok((rows, columns, by_rows, c))
+    Ok(c)
 }
 
 fn overflow_hint(e: Error, entries: u64) -> Error {

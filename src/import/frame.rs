@@ -7,8 +7,11 @@
 //! | codes as an array, names in `__categories/COL` | anndata 0.7 |
 //! | one array of records, names in `uns/COL_categories` | anndata 0.6 |
 //!
+//! Columns of other formats (text beside a 10x matrix, Arrow files) come through [`ColumnReader`].
+//!
 //! A column that cannot be read is no error until somebody asks for it. An empty string, code −1, NaN and a mask all mean missing.
 
+use super::column_reader::{ColumnReader, HeldTexts};
 use super::frame_cells::{Cells, Place};
 use super::hdf5::{Attribute, H5Array, H5Source, Node, NumberKind, NumberType, Stored};
 use crate::error::{Error, Result, nearest};
@@ -23,7 +26,8 @@ pub struct Frame {
     rows: u64,
     index: Column,
     columns: Vec<Column>,
-    source: Arc<dyn H5Source>,
+    /// Where the arrays lie; absent where every column has a reader of its own.
+    source: Option<Arc<dyn H5Source>>,
 }
 
 /// A column of a frame.
@@ -38,6 +42,7 @@ enum Values {
     Text(Cells),
     Category { names: Vec<String>, codes: Cells, number: NumberType },
     Number { cells: Cells, number: NumberType },
+    Foreign(Box<dyn ColumnReader>),
     Unsupported(String),
 }
 
@@ -77,7 +82,39 @@ impl Frame {
                 .found(why)
                 .wanted(format!("{rows} names")));
         }
-        Ok(Frame { place, rows, index, columns, source: Arc::clone(source) })
+        Ok(Frame { place, rows, index, columns, source: Some(Arc::clone(source)) })
+    }
+
+    /// A frame of one array of strings: the index alone.
+    ///
+    /// # Errors
+    /// Input: no such array, no strings, another number of rows.
+    pub(super) fn of_array(source: &Arc<dyn H5Source>, path: &str, rows: u64) -> Result<Frame> {
+        let array = source.array(path)?;
+        let place = array.place().to_string();
+        let index = Column::over("index", &place, classify(Cells::array(array), None, rows));
+        match &index.values {
+            Values::Text(_) => {
+                Ok(Frame { place, rows, index, columns: Vec::new(), source: Some(Arc::clone(source)) })
+            }
+            Values::Unsupported(why) => Err(Error::input("the names cannot be used")
+                .at(place)
+                .found(why)
+                .wanted(format!("{rows} strings"))),
+            _ => Err(Error::input("the names are no strings").at(place).wanted(format!("{rows} strings"))),
+        }
+    }
+
+    /// A frame of names alone.
+    pub(super) fn of_names(place: String, names: Vec<String>) -> Frame {
+        let rows = names.len() as u64;
+        let index = Column::foreign("index", &place, Box::new(HeldTexts(names)));
+        Frame { place, rows, index, columns: Vec::new(), source: None }
+    }
+
+    /// A frame of columns that have readers of their own.
+    pub(super) fn of_readers(place: String, rows: u64, index: Column, columns: Vec<Column>) -> Frame {
+        Frame { place, rows, index, columns, source: None }
     }
 
     /// `file:slot`, for messages.
@@ -114,7 +151,6 @@ impl Frame {
 
     /// Values of a column over rows `start .. start + rows`.
     pub fn read(&self, column: &Column, start: u64, rows: u64) -> Result<ColumnValues> {
-        let source = self.source.as_ref();
         let rows = rows.min(self.rows - start.min(self.rows));
         let short = |found: usize| {
             Error::input("the column ends before its declared length")
@@ -124,6 +160,7 @@ impl Frame {
         };
         let values = match &column.values {
             Values::Text(cells) => {
+                let source = self.source.as_deref().ok_or_else(|| Error::bug("an array without its file"))?;
                 let mut texts = cells.texts(source, start, rows)?;
                 for (text, missing) in texts.iter_mut().zip(cells.missing(start, rows)?) {
                     if missing {
@@ -159,6 +196,7 @@ impl Frame {
                 }
                 ColumnValues::Number(values)
             }
+            Values::Foreign(reader) => reader.read(start, rows)?,
             Values::Unsupported(why) => {
                 return Err(Error::input(format!("column {:?} cannot be used", column.name))
                     .at(&column.place)
@@ -185,7 +223,11 @@ impl Frame {
                     .collect()
             }
             ColumnValues::Number(numbers) => {
-                let float = matches!(column.values, Values::Number { number, .. } if number.kind == NumberKind::Float);
+                let float = match &column.values {
+                    Values::Number { number, .. } => number.kind == NumberKind::Float,
+                    Values::Foreign(reader) => reader.is_float(),
+                    _ => false,
+                };
                 numbers.into_iter().map(|v| number_text(v, float)).collect()
             }
         })
@@ -208,20 +250,40 @@ impl Frame {
 }
 
 impl Column {
+    fn over(name: &str, place: &str, values: Values) -> Column {
+        Column { name: name.to_string(), place: place.to_string(), values }
+    }
+    /// A column with a reader of its own.
+    pub(super) fn foreign(name: &str, place: &str, reader: Box<dyn ColumnReader>) -> Column {
+        Self::over(name, place, Values::Foreign(reader))
+    }
+    /// A column that is there and cannot be read.
+    pub(super) fn unsupported(name: &str, place: &str, why: String) -> Column {
+        Self::over(name, place, Values::Unsupported(why))
+    }
     /// Category names, for a categorical or boolean column.
     pub fn categories(&self) -> Option<&[String]> {
         match &self.values {
             Values::Category { names, .. } => Some(names),
+            Values::Foreign(reader) => reader.categories(),
             _ => None,
         }
     }
     /// Strings of its own, no codes?
     pub fn is_text(&self) -> bool {
-        matches!(self.values, Values::Text(_))
+        match &self.values {
+            Values::Text(_) => true,
+            Values::Foreign(reader) => reader.categories().is_none() && !reader.is_number(),
+            _ => false,
+        }
     }
     /// Numbers?
     pub fn is_number(&self) -> bool {
-        matches!(self.values, Values::Number { .. })
+        match &self.values {
+            Values::Number { .. } => true,
+            Values::Foreign(reader) => reader.is_number(),
+            _ => false,
+        }
     }
     /// Can it be read?
     pub fn is_readable(&self) -> bool {

@@ -4,36 +4,15 @@
 //! whatever the file's size; if `X` holds no counts the file is refused, and the message names the slot that does.
 
 use super::frame::{Column, Frame};
-use super::hdf5::{H5Source, Node, PureFile};
+use super::hdf5::{H5Source, Node};
 use super::matrix::{Matrix, Pass, RowBlock};
+use super::source::CellSource;
 use crate::error::{Error, Result, nearest};
 use crate::genes::mapping::NameColumn;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
-
-/// A source of cells with counts.
-pub trait CellSource: Send {
-    /// The input, as given.
-    fn path(&self) -> &Path;
-    /// Cells.
-    fn cells(&self) -> u64;
-    /// Stored counts.
-    fn entries(&self) -> u64;
-    /// Which slot the counts come from, and how they are stored.
-    fn describe(&self) -> String;
-    /// `file:slot` of the gene names, for messages.
-    fn gene_place(&self) -> &str;
-    /// Columns that may hold gene names, the index first.
-    fn gene_names(&self) -> Result<Vec<NameColumn>>;
-    /// Cell names and annotations.
-    fn obs(&self) -> &Frame;
-    /// All cells in order.
-    fn for_each_block(&self, pass: &Pass<'_>, each: &mut dyn FnMut(&RowBlock) -> Result<()>) -> Result<()>;
-}
 
 /// An opened `.h5ad` file.
 pub struct H5ad {
-    path: PathBuf,
     counts: Matrix,
     obs: Frame,
     var: Frame,
@@ -46,13 +25,7 @@ impl H5ad {
     /// # Errors
     /// Input: not such a file; the slot is absent or, judged by a sample, holds no raw counts (unless `allow_non_integer`); frames
     /// that do not fit the matrix.
-    pub fn open(path: &Path, counts: Option<&str>, allow_non_integer: bool) -> Result<H5ad> {
-        let source: Arc<dyn H5Source> = Arc::new(PureFile::open(path)?);
-        Self::from_source(path, source, counts, allow_non_integer)
-    }
-
-    fn from_source(
-        path: &Path,
+    pub(super) fn from_source(
         source: Arc<dyn H5Source>,
         counts: Option<&str>,
         allow_non_integer: bool,
@@ -75,17 +48,11 @@ impl H5ad {
                 let all = slots(source.as_ref())?;
                 if all.is_empty() {
                     let members = source.children("/")?;
-                    let tenx = source.node("matrix/barcodes")?.is_some();
-                    let next = if tenx {
-                        "this is a 10x .h5 file: scanpy.read_10x_h5(F).write_h5ad(F2) makes an .h5ad of it"
-                    } else {
-                        "is this an .h5ad file? (links are not followed)"
-                    };
                     return Err(Error::input("the file holds no matrix where AnnData puts one")
                         .at(source.name())
                         .found(format!("members {}", members.join(", ")))
-                        .wanted("X, raw/X or layers/NAME")
-                        .next(next));
+                        .wanted("X, raw/X or layers/NAME of an .h5ad file, or the groups of a 10x .h5 file")
+                        .next("check the file (links are not followed)"));
                 }
                 let hint = nearest(&slot, all.iter().map(String::as_str))
                     .map_or(String::new(), |n| format!("; did you mean {n}?"));
@@ -105,7 +72,7 @@ impl H5ad {
         }
         let obs = Frame::open(&source, "obs", matrix.rows())?;
         let var = Frame::open(&source, if slot == "raw/X" { "raw/var" } else { "var" }, matrix.columns())?;
-        Ok(H5ad { path: path.to_path_buf(), counts: matrix, obs, var, source })
+        Ok(H5ad { counts: matrix, obs, var, source })
     }
 }
 
@@ -142,9 +109,6 @@ fn no_counts(source: &dyn H5Source, e: Error, refused: &str) -> Error {
 }
 
 impl CellSource for H5ad {
-    fn path(&self) -> &Path {
-        &self.path
-    }
     fn cells(&self) -> u64 {
         self.counts.rows()
     }

@@ -128,7 +128,7 @@ impl PureFile {
         let file = std::fs::File::open(path).map_err(fail)?;
         let metadata = file.metadata().map_err(fail)?;
         if metadata.is_dir() {
-            return Err(Error::input("an .h5ad file was wanted, this is a folder")
+            return Err(Error::input("an HDF5 file was wanted, this is a folder")
                 .at(&name)
                 .next("zarr stores and matrix folders: convert to .h5ad with anndata first"));
         }
@@ -143,7 +143,10 @@ impl PureFile {
             let (what, next) = if hdf5 {
                 ("the HDF5 file cannot be opened: it is damaged or cut short", "copy or download it again")
             } else {
-                ("this is not an HDF5 file", "give an .h5ad file (gunzip it first if it ends in .gz)")
+                (
+                    "this is not an HDF5 file",
+                    "give an .h5ad or 10x .h5 file (gunzip it first if it ends in .gz)",
+                )
             };
             Error::input(what).at(&name).found(format!("{e}; {} bytes", metadata.len())).next(next)
         })?;

@@ -4,7 +4,9 @@
 //! the next one, so no chunk is decoded twice. A block therefore costs its own entries plus at most one piece.
 //! Every block is checked before it is handed out: offsets never fall, columns are below the number of genes, values are counts.
 
-use super::compressed::{Compressed, Offsets, Stream, decode_index, number_type, open_sparse, whole};
+use super::compressed::{
+    Compressed, Offsets, Stream, decode_index, number_type, open_arrays, open_sparse, whole,
+};
 use super::hdf5::{H5Array, H5Source, Node, NumberKind, NumberType};
 use crate::error::{Error, Result};
 use rayon::prelude::*;
@@ -13,7 +15,7 @@ use std::path::Path;
 /// Entries of a block at most, where memory allows more: enough to keep all threads busy between two blocks.
 const BLOCK_ENTRIES: u64 = 1 << 21;
 /// Rows of a block at most, so that empty rows do not pile up.
-const BLOCK_ROWS: u64 = 1 << 14;
+pub(super) const BLOCK_ROWS: u64 = 1 << 14;
 /// Entries looked at by each window of a sample.
 const SAMPLE_ENTRIES: u64 = 1 << 16;
 /// Bytes of memory that an entry of a block costs at its peak: raw, decoded, token, value, key.
@@ -59,7 +61,8 @@ pub struct Pass<'a> {
 }
 
 impl Pass<'_> {
-    fn block_entries(&self) -> u64 {
+    /// Entries of a block.
+    pub(super) fn block_entries(&self) -> u64 {
         (self.memory_bytes / 4 / BYTES_PER_ENTRY).clamp(1 << 12, BLOCK_ENTRIES)
     }
 }
@@ -108,6 +111,20 @@ impl Matrix {
             return Err(Error::input("the matrix has too many columns").at(&place).found(columns));
         }
         Ok(Some(Matrix { place, slot: slot.to_string(), rows, columns, layout }))
+    }
+
+    /// Opens the compressed rows in a group that says nothing about them itself: `data`, `indices`, `indptr` over
+    /// `rows` × `columns`.
+    ///
+    /// # Errors
+    /// Input: as [`Matrix::open`].
+    pub(super) fn open_rows(source: &dyn H5Source, slot: &str, rows: u64, columns: u64) -> Result<Matrix> {
+        let place = format!("{}:{slot}", source.name());
+        if columns >= u64::from(u32::MAX) {
+            return Err(Error::input("the matrix has too many columns").at(&place).found(columns));
+        }
+        let layout = Layout::Rows(open_arrays(source, slot, rows, columns, true)?);
+        Ok(Matrix { place, slot: slot.to_string(), rows, columns, layout })
     }
 
     /// Cells.

@@ -3,8 +3,8 @@
 //! Which genes there are, and one value per cell and gene; [`exact_median`](super::exact_median) selects.
 
 use super::exact_median::exact_medians;
-use super::h5ad::{CellSource, H5ad};
 use super::matrix::Pass;
+use super::source::{CellSource, OpenOptions, Source};
 use crate::error::{Error, Result};
 use crate::genes::mapping::{NameColumn, SymbolMap, ensembl_id};
 use crate::genes::tokenize::TARGET_SUM;
@@ -17,6 +17,8 @@ use std::path::PathBuf;
 pub struct BuildOptions<'a> {
     /// `X`, `raw` or `layers/NAME`; absent = `X`.
     pub counts: Option<String>,
+    /// The genome to take from a 10x file that holds several.
+    pub genome: Option<String>,
     /// Column of gene names; absent = the one of Ensembl ids, or else the index.
     pub genes: Option<String>,
     /// Names of the special tokens, which get the first ids.
@@ -37,6 +39,7 @@ impl Default for BuildOptions<'_> {
     fn default() -> Self {
         BuildOptions {
             counts: None,
+            genome: None,
             genes: None,
             specials: ["<pad>", "<mask>", "<cls>", "<eos>"].map(String::from).to_vec(),
             symbols: None,
@@ -68,14 +71,27 @@ pub struct Built {
 /// # Errors
 /// Input: anything wrong in a file; no gene has a count.
 pub fn build(inputs: &[PathBuf], options: &BuildOptions<'_>) -> Result<Built> {
-    let open = |path: &PathBuf| H5ad::open(path, options.counts.as_deref(), options.allow_non_integer);
+    let how = OpenOptions {
+        counts: options.counts.as_deref(),
+        genome: options.genome.as_deref(),
+        allow_non_integer: options.allow_non_integer,
+    };
+    let open = |path: &PathBuf| {
+        match Source::open(path, &how)? {
+        Source::Counts(source) => Ok(source),
+        Source::Tokens(_) => Err(Error::input("medians come from counts, and a tokenised data set has none")
+            .at(path.display())
+            .wanted("an .h5ad file, a 10x .h5 file or a 10x MTX folder")
+            .next("convert the dictionaries that it was made with: cellrefine vocab convert TOKENS MEDIANS --out V.tsv")),
+    }
+    };
     let mut genes = Genes::default();
     let mut files = Vec::new();
     let (mut cells, mut entries) = (0, 0);
     let mut notes = Vec::new();
     for path in inputs {
         let source = open(path)?;
-        let wanted = options.cells.map(|names| wanted_rows(&source, names)).transpose()?;
+        let wanted = options.cells.map(|names| wanted_rows(source.as_ref(), names)).transpose()?;
         cells += wanted.as_ref().map_or(source.cells(), |w| w.iter().filter(|w| **w).count() as u64);
         entries += source.entries();
         let names = source.gene_names()?;
@@ -154,7 +170,7 @@ pub fn build(inputs: &[PathBuf], options: &BuildOptions<'_>) -> Result<Built> {
 }
 
 /// Which rows have one of `names`.
-fn wanted_rows(source: &H5ad, names: &HashSet<String>) -> Result<Vec<bool>> {
+fn wanted_rows(source: &dyn CellSource, names: &HashSet<String>) -> Result<Vec<bool>> {
     let obs = source.obs();
     Ok(obs.all_texts(obs.index())?.iter().map(|name| names.contains(name)).collect())
 }

@@ -5,20 +5,20 @@
 //! bytes whatever the number of threads. Nothing in it depends on time, machine or folder.
 
 use super::frame::{Column, ColumnValues, Frame};
-use super::h5ad::{CellSource, H5ad};
+use super::hf_dataset::TokenBlock;
 use super::matrix::{Pass, RowBlock};
 use super::names::{Names, name_hashes};
 use super::obs_choice::ObsChoice;
+use super::source::{CellSource, OpenOptions, Source, digest, stem};
 use crate::cli::Progress;
 use crate::corpus::format::{Manifest, VocabIdentity};
 use crate::corpus::writer::{CellRecord, CorpusOptions, CorpusWriter, ObsSpec, ObsValue};
 use crate::error::{Error, Result};
 use crate::genes::mapping::{GeneMapping, MappingOptions, MappingReport, SymbolMap, map_genes};
 use crate::genes::tokenize::{Scratch, Tokenizer};
-use crate::genes::vocab::{Vocab, hex};
+use crate::genes::vocab::Vocab;
 use half::f16;
 use rayon::prelude::*;
-use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
@@ -41,6 +41,8 @@ pub enum EmptyCells {
 pub struct PackOptions<'a> {
     /// `X`, `raw` or `layers/NAME`; absent = `X`.
     pub counts: Option<String>,
+    /// The genome to take from a 10x file that holds several.
+    pub genome: Option<String>,
     /// Column of gene names; absent = the one with most matches.
     pub genes: Option<String>,
     /// Symbols to Ensembl ids.
@@ -69,6 +71,7 @@ impl Default for PackOptions<'_> {
     fn default() -> Self {
         PackOptions {
             counts: None,
+            genome: None,
             genes: None,
             gene_map: None,
             min_gene_match: 0.5,
@@ -99,8 +102,8 @@ pub struct FileReport {
     pub empty: u64,
     /// Cells left out by [`PackOptions::drop`].
     pub dropped: u64,
-    /// Gene mapping.
-    pub genes: MappingReport,
+    /// Gene mapping; absent where the input holds token ids.
+    pub genes: Option<MappingReport>,
 }
 
 /// What [`pack`] did.
@@ -121,7 +124,7 @@ pub struct PackReport {
 /// Packs `inputs`, in order, into a corpus at `out`.
 ///
 /// # Errors
-/// Input for anything wrong in a file (see [`H5ad::open`], [`map_genes`]), a column of `obs` that is absent; nothing is left
+/// Input for anything wrong in a file (see [`Source::open`], [`map_genes`]), a column of `obs` that is absent; nothing is left
 /// under `out` then.
 pub fn pack(
     inputs: &[PathBuf],
@@ -169,16 +172,26 @@ pub fn pack(
     let mut sink = Sink { writer, names, specs: &plan.obs, options, drop_hits: vec![0; options.drop.len()] };
     let mut files = plan.files;
     for (n, (path, report)) in inputs.iter().zip(&mut files).enumerate() {
-        let source = open(path, options)?;
-        let mapping = map(&source, vocab, options)?;
-        let tokenizer = Tokenizer::new(&mapping.token, vocab, options.max_tokens);
         sink.names.enter(n);
-        source.for_each_block(&pass, &mut |block| {
-            let ranked = rank(block, &tokenizer, options.values);
-            sink.push(block, &ranked, source.obs(), report)?;
-            progress.add(block.rows() as u64);
-            Ok(())
-        })?;
+        match open(path, options)? {
+            Source::Counts(source) => {
+                let mapping = map(source.as_ref(), vocab, options)?;
+                let tokenizer = Tokenizer::new(&mapping.token, vocab, options.max_tokens);
+                source.for_each_block(&pass, &mut |block| {
+                    let ranked = rank(block, &tokenizer, options.values);
+                    sink.push(block.first, &ranked, source.obs(), report)?;
+                    progress.add(block.rows() as u64);
+                    Ok(())
+                })?;
+            }
+            Source::Tokens(source) => {
+                source.for_each_block(vocab, options.max_tokens, &pass, &mut |block| {
+                    sink.push(block.first, &[Ranked::of(block)], source.obs(), report)?;
+                    progress.add(block.end.len() as u64);
+                    Ok(())
+                })?;
+            }
+        }
     }
     let mut notes = plan.notes;
     for ((column, value), _) in options.drop.iter().zip(&sink.drop_hits).filter(|(_, hits)| **hits == 0) {
@@ -193,8 +206,13 @@ pub fn count_cells(inputs: &[PathBuf], options: &PackOptions<'_>) -> Option<u64>
     inputs.iter().map(|p| open(p, options).ok().map(|s| s.cells())).sum()
 }
 
-fn open(path: &Path, options: &PackOptions<'_>) -> Result<H5ad> {
-    H5ad::open(path, options.counts.as_deref(), options.allow_non_integer)
+fn open(path: &Path, options: &PackOptions<'_>) -> Result<Source> {
+    let open = OpenOptions {
+        counts: options.counts.as_deref(),
+        genome: options.genome.as_deref(),
+        allow_non_integer: options.allow_non_integer,
+    };
+    Source::open(path, &open)
 }
 
 fn map(source: &dyn CellSource, vocab: &Vocab, options: &PackOptions<'_>) -> Result<GeneMapping> {
@@ -223,7 +241,7 @@ impl Plan {
         if inputs.is_empty() {
             return Err(Error::usage("no input files"));
         }
-        let digests: Vec<Result<String>> = inputs.par_iter().map(|p| sha256(p)).collect();
+        let digests: Vec<Result<String>> = inputs.par_iter().map(|p| digest(p)).collect();
         let mut plan = Plan {
             files: Vec::new(),
             obs: Vec::new(),
@@ -244,7 +262,18 @@ impl Plan {
                     .found(format!("the same bytes as {}", first.display()))
                     .next("leave one out: the same cells in two splits would spoil every score"));
             }
-            let genes = map(&source, vocab, options)?.report;
+            let genes = match &source {
+                Source::Counts(source) => Some(map(source.as_ref(), vocab, options)?.report),
+                Source::Tokens(source) => {
+                    if options.values {
+                        return Err(Error::usage("--values needs counts, and a tokenised data set has none")
+                            .at(path.display())
+                            .next("leave --values out, or pack the file that the data set was made from"));
+                    }
+                    source.check_vocabulary(vocab)?;
+                    None
+                }
+            };
             plan.files.push(FileReport {
                 file: path.display().to_string(),
                 sha256: digest,
@@ -265,10 +294,7 @@ impl Plan {
         (plan.obs, plan.notes) = columns.finish();
         names.par_sort_unstable();
         plan.prefixed = names.windows(2).any(|w| w[0] == w[1]);
-        let stems: Vec<String> = inputs
-            .iter()
-            .map(|p| p.file_stem().map_or_else(String::new, |s| s.to_string_lossy().into_owned()))
-            .collect();
+        let stems: Vec<String> = inputs.iter().map(|p| stem(p)).collect();
         plan.prefixes = (0..stems.len())
             .map(|n| {
                 let shared = stems.iter().filter(|s| **s == stems[n]).count() > 1;
@@ -286,6 +312,18 @@ struct Ranked {
     /// End of each cell in `gene`.
     end: Vec<usize>,
     total: Vec<f32>,
+}
+
+impl Ranked {
+    /// Cells that were ranked before.
+    fn of(block: &TokenBlock) -> Ranked {
+        Ranked {
+            gene: block.gene.clone(),
+            value: Vec::new(),
+            end: block.end.clone(),
+            total: block.total.clone(),
+        }
+    }
 }
 
 fn rank(block: &RowBlock, tokenizer: &Tokenizer, values: bool) -> Vec<Ranked> {
@@ -322,15 +360,9 @@ struct Sink<'a> {
 }
 
 impl Sink<'_> {
-    /// Pushes the cells of a block in order; counts in `report` those without tokens and those left out.
-    fn push(
-        &mut self,
-        block: &RowBlock,
-        ranked: &[Ranked],
-        obs: &Frame,
-        report: &mut FileReport,
-    ) -> Result<()> {
-        let (first, rows) = (block.first, block.rows() as u64);
+    /// Pushes the cells of a block, `first` the first of them, in order; counts in `report` those without tokens and those left out.
+    fn push(&mut self, first: u64, ranked: &[Ranked], obs: &Frame, report: &mut FileReport) -> Result<()> {
+        let rows = ranked.iter().map(|part| part.end.len() as u64).sum();
         let cell_names = obs.read_texts(obs.index(), first, rows)?;
         // A column that this input lacks is missing for all its cells.
         let columns: Vec<Option<(&Column, ColumnValues)>> = self
@@ -399,21 +431,5 @@ impl Sink<'_> {
             }
         }
         Ok(())
-    }
-}
-
-/// sha256 of a file, hexadecimal.
-fn sha256(path: &Path) -> Result<String> {
-    use std::io::Read;
-    let fail = |e: std::io::Error| Error::io(path, "read the file", &e);
-    let mut file = std::fs::File::open(path).map_err(fail)?;
-    let mut hash = Sha256::new();
-    let mut buffer = vec![0u8; 1 << 18];
-    loop {
-        let n = file.read(&mut buffer).map_err(fail)?;
-        if n == 0 {
-            return Ok(hex(&hash.finalize()));
-        }
-        hash.update(&buffer[..n]);
     }
 }

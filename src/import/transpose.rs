@@ -1,9 +1,9 @@
-//! A CSC matrix by rows, in bounded memory.
+//! A matrix that is not stored by rows, by rows, in bounded memory: CSC, or triplets in no order.
 //!
-//! Pass 1 counts the entries of each row (indices alone). Rows are then cut into buckets that fit the budget. With one bucket,
+//! Pass 1 counts the entries of each row (of CSC, from the indices alone). Rows are then cut into buckets that fit the budget. With one bucket,
 //! pass 2 scatters every entry to its row's next free place in memory; with several, pass 2 writes (row, column, count) records
-//! to one temporary file per bucket, front to back, and each bucket is then read and scattered. Columns come in ascending order,
-//! so every row comes out sorted. Temporary files are unlinked as soon as they are open: no crash leaves one behind.
+//! to one temporary file per bucket, front to back, and each bucket is then read and scattered. The columns of CSC
+//! come in ascending order, so every row comes out sorted. Temporary files are unlinked as soon as they are open: no crash leaves one behind.
 
 use super::compressed::{Compressed, Stream, decode_index};
 use super::matrix::{Matrix, Pass, RowBlock};
@@ -114,22 +114,7 @@ pub(super) fn stream(
             *entries += 1;
         }
     }
-    let budget = (pass.memory_bytes / 3 / ENTRY_BYTES).max(1 << 12);
-    let bounds = cut(&row_entries, budget);
-    let buckets = bounds.len() - 1;
-    if buckets > MAX_BUCKETS {
-        return Err(Error::environment(
-            "the matrix is stored by columns and too large to turn within the given memory",
-        )
-        .at(matrix.place())
-        .found(format!("{} entries", parts.entries))
-        .next(format!(
-            "give at least --memory {}M, or store the matrix as CSR",
-            ((parts.entries * ENTRY_BYTES * 3 / MAX_BUCKETS as u64) >> 20) + 1
-        )));
-    }
-    // Calls `put(row, column, count)` for every entry, columns ascending.
-    let for_each_entry = |put: &mut dyn FnMut(u64, u32, f64) -> Result<()>| -> Result<()> {
+    let for_each_entry = |put: &mut Put<'_>| -> Result<()> {
         let mut indices = indices();
         let mut data =
             Stream::new(parts.data.as_ref(), parts.entries, |raw, out| parts.data_type.decode_f64(raw, out));
@@ -147,16 +132,45 @@ pub(super) fn stream(
         }
         Ok(())
     };
+    turn(matrix.place(), &row_entries, &for_each_entry, pass, each)
+}
+
+/// Takes one entry: row, column, count.
+pub(super) type Put<'a> = dyn FnMut(u64, u32, f64) -> Result<()> + 'a;
+
+/// Hands out rows in order. `row_entries` has the number of entries of each row; `for_each_entry` gives all entries in any order
+/// that is the same each time, and a row's columns come out in that order.
+pub(super) fn turn(
+    place: &str,
+    row_entries: &[u32],
+    for_each_entry: &dyn Fn(&mut Put<'_>) -> Result<()>,
+    pass: &Pass<'_>,
+    each: &mut dyn FnMut(&RowBlock) -> Result<()>,
+) -> Result<()> {
+    let entries: u64 = row_entries.iter().map(|&n| u64::from(n)).sum();
+    let budget = (pass.memory_bytes / 3 / ENTRY_BYTES).max(1 << 12);
+    let bounds = cut(row_entries, budget);
+    let buckets = bounds.len() - 1;
+    if buckets > MAX_BUCKETS {
+        return Err(Error::environment(
+            "the matrix is not stored by cells and too large to turn within the given memory",
+        )
+        .at(place)
+        .found(format!("{entries} entries"))
+        .next(format!(
+            "give at least --memory {}M, or store the matrix by cells (CSR)",
+            ((entries * ENTRY_BYTES * 3 / MAX_BUCKETS as u64) >> 20) + 1
+        )));
+    }
     if buckets <= 1 {
-        let mut bucket = Bucket::new(0, &row_entries);
+        let mut bucket = Bucket::new(0, row_entries);
         for_each_entry(&mut |row, column, count| {
             bucket.put(row, column, count);
             Ok(())
         })?;
         return bucket.hand_out(each);
     }
-    let fail =
-        |e: std::io::Error| Error::io(pass.scratch, "write temporary files for turning a CSC matrix", &e);
+    let fail = |e: std::io::Error| Error::io(pass.scratch, "write temporary files for turning a matrix", &e);
     let buffer = ((pass.memory_bytes / 8) as usize / buckets).clamp(1 << 12, 1 << 18);
     let mut files = Vec::with_capacity(buckets);
     for n in 0..buckets {
