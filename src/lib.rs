@@ -7,7 +7,8 @@
 //! # A tour
 //! | module | what it holds |
 //! |---|---|
-//! | [`import`] | sources of cells with counts (`.h5ad`), one row at a time, in bounded memory |
+//! | [`import`] | sources of cells (`.h5ad`, 10x, Geneformer's data sets), a block of rows at a time, in bounded memory |
+//! | [`mod@export`] | corpora as Geneformer's data sets, checkpoints as Hugging Face folders |
 //! | [`genes`] | vocabulary, gene-id mapping, rank tokenisation, marker sets |
 //! | [`corpus`] | the memory-mapped corpus: writer, reader, sampler, packed batches |
 //! | [`backend`], [`device`], [`ops`], [`cpu`] | the backend boundary: buffers, the maths of each op with its shape checks, the CPU's kernels |
@@ -39,6 +40,7 @@ pub mod demo;
 pub mod device;
 pub mod error;
 pub mod eval;
+pub mod export;
 pub mod genes;
 pub mod import;
 pub mod model;

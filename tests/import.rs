@@ -62,7 +62,7 @@ fn every_storage_gives_the_tokens_that_numpy_gives() {
         let options =
             PackOptions { counts: counts.map(str::to_string), values: true, ..PackOptions::default() };
         let report = run(&[path], &out, &options).unwrap_or_else(|e| panic!("{name}: {e}"));
-        let genes = &report.files[0].genes;
+        let genes = report.files[0].genes.as_ref().unwrap();
         assert_eq!((genes.matched, genes.unmatched, genes.duplicated), (21, 2, 1), "{name}");
         assert_eq!(report.files[0].empty, 2, "{name}");
         let corpus = Corpus::open(&out).unwrap();

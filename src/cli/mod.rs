@@ -10,6 +10,7 @@ mod demo;
 mod doctor;
 mod embed;
 mod eval;
+mod export;
 mod finetune;
 mod inspect;
 mod man;
@@ -118,7 +119,7 @@ enum Command {
     Demo(demo::Flags),
     /// Build or convert a gene vocabulary.
     Vocab(vocab::Flags),
-    /// Turn .h5ad files into a tokenised corpus; prints the gene-mapping report.
+    /// Turn .h5ad files, 10x matrices or tokenised data sets into a corpus; prints the gene-mapping report.
     Pack(pack::Flags),
     /// One manifest over shards packed apart.
     Merge(merge::Flags),
@@ -138,6 +139,8 @@ enum Command {
     Annotate(annotate::Flags),
     /// Accuracy, macro-F1, probes, kNN, recall@k, clustering and mixing scores.
     Eval(eval::Flags),
+    /// A corpus as Geneformer's .dataset folder, or a checkpoint as a Hugging Face model folder.
+    Export(export::Flags),
     /// One self-contained page over one or more runs.
     Report(report::Flags),
     /// A run as it goes: loss, pace, time left, last checkpoint.
@@ -168,6 +171,7 @@ fn dispatch(global: &Global, command: &Command) -> Result<Output> {
         Command::Embed(f) => embed::run(global, f),
         Command::Annotate(f) => annotate::run(global, f),
         Command::Eval(f) => eval::run(global, f),
+        Command::Export(f) => export::run(global, f),
         Command::Report(f) => report::run(global, f),
         Command::Watch(f) => watch::run(global, f),
         Command::Bench(f) => bench::run(global, f),

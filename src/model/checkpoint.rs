@@ -1,14 +1,17 @@
-//! Checkpoints are Hugging Face folders: `config.json` and `model.safetensors` (and, beside them, `vocab.tsv` and, after
-//! fine-tuning, `classifier.safetensors` with `classifier.json`).
+//! Checkpoints are Hugging Face folders: `config.json` and `model.safetensors`, whole or in shards (and, beside them, `vocab.tsv`
+//! and, after fine-tuning, `classifier.safetensors` with `classifier.json`).
 //!
-//! Read strictly: every missing, unexpected or misshapen tensor is named. Two exceptions have reasons: `position_ids` is a
-//! constant that old versions of `transformers` stored, and `cls.predictions.decoder.*` is tolerated where it is equal to the
-//! tensors it is tied to. Written into a temporary folder, synced, then renamed, so that a kill leaves the old folder or the
+//! Read strictly: every missing, unexpected or misshapen tensor is named. Four exceptions have reasons: `position_ids` is a
+//! constant that old versions of `transformers` stored; `cls.predictions.decoder.*` is tolerated where it is equal to the
+//! tensors it is tied to; a pooler, which masked language models do not train, is left out; and a `BertModel` saved without a
+//! head (LangCell's cell encoder) gets a fresh masked-gene head, a function of its sizes alone. Written into a temporary folder, synced, then renamed, so that a kill leaves the old folder or the
 //! new one; `transformers` opens the result with no missing and no unexpected key.
 
 use super::config::ModelConfig;
-use super::store::{Layout, Parameters, Store};
+use super::store::{Layout, Parameters, Store, initial};
 use super::tensors::{Declared, TensorFile, write};
+pub use super::weight_files::WEIGHTS;
+use super::weight_files::WeightFiles;
 use super::weights::{Classification, Classifier, Network, Parameter, Parts};
 use crate::device::{Act, Device};
 use crate::error::{Error, Result};
@@ -18,8 +21,6 @@ use std::fs::{self, File};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
-/// Name of the weights in a folder.
-pub const WEIGHTS: &str = "model.safetensors";
 /// Name of the settings in a folder.
 pub const CONFIG: &str = "config.json";
 /// Name of the token table in a folder.
@@ -200,12 +201,52 @@ pub fn write_store<B: Device, P: Parts>(
 
 /// The settings of a model folder.
 pub fn read_config(folder: &Path) -> Result<ModelConfig> {
+    ModelConfig::from_json(&read_json(folder)?, &folder.join(CONFIG).display().to_string())
+}
+
+fn read_json(folder: &Path) -> Result<Value> {
     let path = folder.join(CONFIG);
     let text = fs::read(&path).map_err(|e| Error::io(&path, "read the model's settings", &e))?;
-    let json: Value = serde_json::from_slice(&text).map_err(|e| {
+    serde_json::from_slice(&text).map_err(|e| {
         Error::input("not valid JSON").at(path.display()).found(e).wanted("Hugging Face's config.json")
-    })?;
-    ModelConfig::from_json(&json, &path.display().to_string())
+    })
+}
+
+/// The tensors of a checkpoint, one at a time, under Hugging Face's names: what a model folder is written from.
+pub struct ModelTensors {
+    /// The network's settings.
+    pub config: ModelConfig,
+    file: WeightFiles,
+    parameters: Vec<Parameter>,
+}
+
+impl ModelTensors {
+    /// Opens a model folder (already [resolved](resolve)), its names checked.
+    ///
+    /// # Errors
+    /// Input: as [`load`]; an encoder without a head, which has nothing to export.
+    pub fn open(folder: &Path) -> Result<ModelTensors> {
+        let config = read_config(folder)?;
+        let file = WeightFiles::open(folder)?;
+        let layout = Layout::network(&config);
+        check_names(&file, &layout.list(), false, false)?;
+        let parameters = layout.list().into_iter().map(|(p, _)| p.clone()).collect();
+        Ok(ModelTensors { config, file, parameters })
+    }
+
+    /// Every tensor that a `BertForMaskedLM` has, in f32; the table of value bins is none of them.
+    pub fn declared(&self) -> Vec<Declared> {
+        let bert = self.parameters.iter().filter(|p| p.name != "value");
+        bert.flat_map(|p| p.stored_as.iter().map(|n| Declared::f32(n, &p.stored_shape()))).collect()
+    }
+
+    /// The values of one of them.
+    ///
+    /// # Errors
+    /// Input: damage.
+    pub fn values(&self, tensor: &Declared) -> Result<Vec<f32>> {
+        self.file.floats(&tensor.name, &tensor.shape)
+    }
 }
 
 /// What a loader may change on the way in.
@@ -237,13 +278,16 @@ pub fn load<B: AdamW<A>, A: Act>(
         fresh_values = true;
         config.check("value bins")?;
     }
-    let file = open_weights(folder)?;
+    let file = WeightFiles::open(folder)?;
+    let headless = is_headless(folder, &file)?;
     let mut params = Parameters::zeros(dev, &config)?;
-    check_names(&file, &params.layout().list(), fresh_values)?;
+    check_names(&file, &params.layout().list(), fresh_values, headless)?;
     params.write_with(dev, |dev, master, layout| {
         let buffers = Network::list(Network::as_mut(master.named_mut()));
-        for ((parameter, _), buf) in layout.list().into_iter().zip(buffers) {
-            if !(fresh_values && parameter.name == "value") {
+        for (index, ((parameter, _), buf)) in layout.list().into_iter().zip(buffers).enumerate() {
+            if headless && is_head(parameter) {
+                dev.write(buf, &initial(parameter, config.initializer_range, 0, index as u32))?;
+            } else if !(fresh_values && parameter.name == "value") {
                 dev.write(buf, &read_parameter(&file, parameter)?)?;
             }
         }
@@ -252,33 +296,23 @@ pub fn load<B: AdamW<A>, A: Act>(
     Ok((config, params))
 }
 
-fn open_weights(folder: &Path) -> Result<TensorFile> {
-    let path = folder.join(WEIGHTS);
-    if !path.exists() {
-        for (other, next) in [
-            ("pytorch_model.bin", "model.save_pretrained(folder, safe_serialization=True) in transformers"),
-            (
-                "model.safetensors.index.json",
-                "model.save_pretrained(folder, max_shard_size=\"50GB\") in transformers",
-            ),
-        ] {
-            if folder.join(other).exists() {
-                return Err(Error::input("the weights are not in one safetensors file")
-                    .at(folder.display())
-                    .found(other)
-                    .wanted(WEIGHTS)
-                    .next(next));
-            }
-        }
-    }
-    TensorFile::open(&path)
+/// Is this the encoder alone: a `BertModel` by its settings, without any tensor of a head?
+fn is_headless(folder: &Path, file: &WeightFiles) -> Result<bool> {
+    let architectures = &read_json(folder)?["architectures"];
+    let encoder = architectures.as_array().is_some_and(|a| a.iter().any(|a| a == "BertModel"));
+    Ok(encoder && !file.names().any(|n| n.starts_with("cls.")))
+}
+
+fn is_head(parameter: &Parameter) -> bool {
+    parameter.name.starts_with("head.")
 }
 
 /// Every name that must be there is, with its shape and a type that can be read; and nothing else.
 fn check_names(
-    file: &TensorFile,
+    file: &WeightFiles,
     expected: &[&(Parameter, std::ops::Range<usize>)],
     fresh_values: bool,
+    headless: bool,
 ) -> Result<()> {
     let mut wrong = Vec::new();
     let mut known = std::collections::HashSet::new();
@@ -287,6 +321,7 @@ fn check_names(
             known.insert(name.as_str());
             match file.info(name) {
                 None if fresh_values && parameter.name == "value" => {}
+                None if headless && is_head(parameter) => {}
                 None => wrong.push(format!("missing {name} {:?}", parameter.stored_shape())),
                 Some(info) if info.shape != parameter.stored_shape() => {
                     wrong.push(format!("{name} is {:?}, not {:?}", info.shape, parameter.stored_shape()));
@@ -301,8 +336,10 @@ fn check_names(
         }
     }
     for name in file.names() {
-        let tied = match name.as_str() {
-            "bert.embeddings.position_ids" => continue,
+        let tied = match name {
+            "bert.embeddings.position_ids" | "bert.pooler.dense.weight" | "bert.pooler.dense.bias" => {
+                continue;
+            }
             "cls.predictions.decoder.weight" => "bert.embeddings.word_embeddings.weight",
             "cls.predictions.decoder.bias" => "cls.predictions.bias",
             other if known.contains(other) => continue,
@@ -311,7 +348,7 @@ fn check_names(
                 continue;
             }
         };
-        if file.info(tied).is_some() && file.bytes(&name)? != file.bytes(tied)? {
+        if file.info(tied).is_some() && file.bytes(name)? != file.bytes(tied)? {
             wrong.push(format!("{name} differs from {tied}, to which it should be tied"));
         }
     }
@@ -327,7 +364,7 @@ fn check_names(
         .wanted("a BertForMaskedLM of the sizes in config.json"))
 }
 
-fn read_parameter(file: &TensorFile, parameter: &Parameter) -> Result<Vec<f32>> {
+fn read_parameter(file: &WeightFiles, parameter: &Parameter) -> Result<Vec<f32>> {
     let mut values = Vec::with_capacity(parameter.len());
     for name in &parameter.stored_as {
         values.append(&mut file.floats(name, &parameter.stored_shape())?);
@@ -384,20 +421,22 @@ pub fn read_classifier(folder: &Path, width: usize) -> Result<Option<LoadedClass
 pub fn describe(path: &Path) -> Result<Value> {
     let folder = resolve(path)?;
     let config = read_config(&folder)?;
-    let file = open_weights(&folder)?;
+    let file = WeightFiles::open(&folder)?;
+    let headless = is_headless(&folder, &file)?;
     let layout = Layout::network(&config);
-    check_names(&file, &layout.list(), false)?;
-    let stored = fs::metadata(file.path()).map_err(|e| Error::io(file.path(), "read the size", &e))?.len();
+    check_names(&file, &layout.list(), false, headless)?;
+    let stored = file.stored_bytes()?;
     let classifier = read_classifier(&folder, config.width)?;
     let mut finite = true;
-    for (parameter, _) in layout.list() {
+    for (parameter, _) in layout.list().into_iter().filter(|(p, _)| !(headless && is_head(p))) {
         finite &= read_parameter(&file, parameter)?.iter().all(|x| x.is_finite());
     }
     Ok(json!({
         "kind": "checkpoint",
         "folder": folder.display().to_string(),
         "parameters": layout.parameters(),
-        "tensors": file.names().len(),
+        "tensors": file.names().count(),
+        "masked_gene_head": if headless { "none: a fresh one is made" } else { "trained" },
         "bytes": stored,
         "finite": finite,
         "config": config.to_json(),

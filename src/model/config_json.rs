@@ -54,12 +54,12 @@ impl ModelConfig {
         let fields = Fields { map: object(json, place)?, place };
         fields.same("model_type", "bert", "bert")?;
         if let Some(a) = fields.map.get("architectures")
-            && !a.as_array().is_some_and(|a| a.iter().any(|a| a == "BertForMaskedLM"))
+            && !a.as_array().is_some_and(|a| a.iter().any(|a| a == "BertForMaskedLM" || a == "BertModel"))
         {
             return Err(Error::input("not a masked language model")
                 .at(format!("{place}:architectures"))
                 .found(a)
-                .wanted("[\"BertForMaskedLM\"], the class of Geneformer's checkpoints")
+                .wanted("[\"BertForMaskedLM\"], the class of Geneformer's checkpoints, or [\"BertModel\"], LangCell's")
                 .next("save the model with its masked-token head, or take the checkpoint it was fine-tuned from"));
         }
         if !fields.map.contains_key("hidden_act") {

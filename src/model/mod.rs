@@ -41,6 +41,7 @@ pub mod masked_genes;
 mod presets;
 pub mod store;
 pub mod tensors;
+pub mod weight_files;
 pub mod weights;
 
 pub use activations::{Activations, Capacity};
