@@ -309,6 +309,9 @@ fn broken(path: &Path, byte: u64, what: &str) -> Error {
         .next("the file is damaged or cut short: copy it again, or save it again with datasets' save_to_disk")
 }
 
+/// Columns and metadata of a schema.
+type Described = (Vec<ArrowColumn>, Vec<(String, String)>);
+/// A schema, and the batches behind it.
 type Indexed = (Vec<ArrowColumn>, Vec<(String, String)>, Vec<Batch>);
 
 /// Reads the messages of a file.
@@ -330,7 +333,7 @@ impl Index<'_> {
 
     fn read(&self) -> Result<Indexed> {
         let mut at = 0;
-        let mut schema: Option<(Vec<ArrowColumn>, Vec<(String, String)>)> = None;
+        let mut schema: Option<Described> = None;
         let mut batches = Vec::new();
         let mut storage: Vec<u64> = Vec::new();
         while at < self.len {
@@ -397,11 +400,7 @@ impl Index<'_> {
         Ok((columns, metadata, batches))
     }
 
-    fn schema(
-        &self,
-        at: u64,
-        schema: Option<arrow_ipc::Schema<'_>>,
-    ) -> Result<(Vec<ArrowColumn>, Vec<(String, String)>)> {
+    fn schema(&self, at: u64, schema: Option<arrow_ipc::Schema<'_>>) -> Result<Described> {
         let schema = schema.ok_or_else(|| broken(self.path, at, "an empty schema"))?;
         if schema.endianness() != arrow_ipc::Endianness::Little {
             return Err(broken(self.path, at, "numbers with the most significant byte first")
