@@ -23,6 +23,9 @@ FLAGS = [
     "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--remote-debugging-pipe",
 ]
 
+# Pixels of a picture's height: a long section shows its beginning.
+TALLEST = 2000
+
 # Every check in the page returns a list of complaints.
 CHECKS = """(() => {
   const bad = [];
@@ -173,7 +176,7 @@ class Browser:
         if section:
             x, y, w, h = self.value(f"""(() => {{ const e = document.querySelector({json.dumps(section)}); const b = e.getBoundingClientRect();
                 return [b.left + scrollX, b.top + scrollY, b.width, b.height]; }})()""")
-            clip = {"clip": {"x": x, "y": y, "width": w, "height": h, "scale": 1}, "captureBeyondViewport": True}
+            clip = {"clip": {"x": x, "y": y, "width": w, "height": min(h, TALLEST), "scale": 1}, "captureBeyondViewport": True}
         elif full:
             size = self.call("Page.getLayoutMetrics")["cssContentSize"]
             clip = {"clip": {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}, "captureBeyondViewport": True}
