@@ -92,12 +92,17 @@ class Lab:
     def __init__(self, out, device):
         self.out, self.device = pathlib.Path(out).resolve(), device
         self.program = os.environ.get("CELLREFINE", "cellrefine")
+        self.made = {}  # output -> key of the run that made it
         (self.out / "json").mkdir(parents=True, exist_ok=True)
 
     def run(self, name, command, *flags, writes=None):
-        """JSON of a command. Its key is name and flags: another setting is another run. `writes` is made anew where it is half done."""
+        """JSON of a command. Its key is its flags and the keys of what it reads: another setting anywhere before is another run. `writes`
+        is made anew where it is half done."""
         flags = [str(f) for f in flags]
-        key = hashlib.sha256("\0".join([command, *flags]).encode()).hexdigest()[:10]
+        read = [f + ("" if f == str(writes) else self.made.get(f, "")) for f in flags]
+        key = hashlib.sha256("\0".join([command, *read]).encode()).hexdigest()[:10]
+        if writes is not None:
+            self.made[str(writes)] = key
         kept = self.out / "json" / f"{name}-{key}.json"
         if kept.exists():
             return json.loads(kept.read_text())
@@ -129,11 +134,15 @@ class DataSet:
         column = next(c for c in lab.run(f"{name}-inspect", "inspect", self.corpus)["columns"] if c["name"] == a.label)
         if column["kind"] != "categorical":
             stop(f"{a.label} of {name} is no column of names")
-        self.classes = {c: n for c, n in column["categories"].items() if n and c not in a.exclude_label}
+        # A class of one cell cannot stand on both sides of a split.
+        self.single = [c for c, n in column["categories"].items() if n == 1 and c not in a.exclude_label]
+        excluded = {*a.exclude_label, *self.single}
+        self.classes = {c: n for c, n in column["categories"].items() if n and c not in excluded}
         if len(self.classes) < 2:
             stop(f"{name} has {len(self.classes)} classes in {a.label}")
-        absent = [e for e in a.exclude_label if e in column["categories"]]
-        self.label = ["--label", a.label] + [x for e in absent for x in ("--exclude-label", e)]
+        self.label = ["--label", a.label] + [x for e in sorted(excluded & column["categories"].keys()) for x in ("--exclude-label", e)]
+        # Cells are cut for evaluation where training cut them.
+        self.context = [x for setting in a.set if setting.startswith("batch.max_tokens=") for x in ("--max-tokens", setting.split("=")[1])][-2:]
         self.shared = ["--corpus", self.corpus, *self.label, *pairs(a.set)]
 
     def markers(self, seed):
@@ -163,10 +172,10 @@ class DataSet:
                      *pairs(settings), "--out", out, writes=out)
         return out
 
-    def measured(self, seed, arm, checkpoint, *flags):
+    def measured(self, seed, arm, checkpoint):
         """`eval` on the test cells of this seed's split."""
         return self.lab.run(f"{self.name}-{seed}-eval-{arm}", "eval", "--corpus", self.corpus, *self.label, "--split", SPLIT, "--seed", seed,
-                            "--checkpoint", checkpoint, *self.markers(seed), *flags)["metrics"]
+                            "--checkpoint", checkpoint, *self.context, *self.markers(seed))["metrics"]
 
 
 def zero_shot(lab, a, source, target, seed):
@@ -176,7 +185,8 @@ def zero_shot(lab, a, source, target, seed):
         stop(f"{source.name} and {target.name} share {len(shared)} labels of {a.label}: give them the same names")
     left_out = [x for c in target.classes if c not in source.classes for x in ("--exclude-label", c)]
     # Hardly any cell of the target goes to the part that probes train on; prototypes and their centre are the source's.
-    flags = ["--corpus", target.corpus, *target.label, *left_out, "--split", "train=0.02,test=0.98", "--seed", seed, *source.markers(seed)]
+    flags = ["--corpus", target.corpus, *target.label, *left_out, "--split", "train=0.02,test=0.98", "--seed", seed, *target.context,
+             *source.markers(seed)]
     name = f"{source.name}-{seed}-on-{target.name}"
     return {"cells": sum(target.classes[c] for c in shared), "types": len(shared),
             "before": lab.run(f"{name}-before", "eval", *flags, "--checkpoint", a.checkpoint)["metrics"],
@@ -199,6 +209,11 @@ def published():
 def table(head, rows):
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(x) for x in line) + " |" for line in lines)
+
+
+def left_out(sets):
+    alone = [f"{c} ({name})" for name, d in sets.items() for c in d.single]
+    return f"Left out, with one cell each: {', '.join(alone)}." if alone else ""
 
 
 def main():
@@ -236,7 +251,8 @@ def main():
         for arm in ("frozen before", "frozen after"):
             recall = [mean([(m.get("recall_at") or {}).get(k) for m in arms[arm]]) for k in RECALLS]
             frozen.append([name, arm.split()[1], *recall, mean([(m.get("macro_recall_at") or {}).get("1") for m in arms[arm]]),
-                           column(arm, "linear_probe_macro_f1"), column(arm, "knn_macro_f1"), column(arm, "silhouette")])
+                           *(mean([m["methods"].get(method, {}).get(key) for m in arms[arm]])
+                             for method in ("linear_probe", "knn") for key in ("macro_f1", "tail_f1")), column(arm, "silhouette")])
         record[name] = arms
     for first, second in pairs_of_sets:
         runs = [zero_shot(lab, a, sets[first], sets[second], seed) for seed in seeds]
@@ -256,7 +272,9 @@ Commands: commands.sh; all measures: results.json. Published: the paper's macro-
 {table(["data set", "cells", "types", "accuracy", "after refine", "macro-F1", "after refine", "tail F1", "after refine", "published macro-F1"], identity)}
 
 ## The embedding itself, nothing trained on top: nearest prototype, and the tail
-{table(["data set", "refine", *recalls, "macro recall@1", "linear probe macro-F1", "kNN macro-F1", "silhouette"], frozen)}
+{table(["data set", "refine", *recalls, "macro recall@1", "linear probe macro-F1", "tail F1", "kNN macro-F1", "tail F1", "silhouette"], frozen)}
+
+Tail: types below 2 % of the training cells. {left_out(sets)}
 """
     if shifted:
         text += f"""

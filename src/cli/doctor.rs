@@ -1,4 +1,4 @@
-//! `cellrefine doctor`: what this build and this machine can do, read and not guessed.
+//! `cellrefine doctor`: what this build and this machine can do, read and not guessed, and what to do next.
 //!
 //! With `--device cuda` or `--device emulated` it is a check: what that device lacks becomes the error, exit code 4.
 
@@ -40,27 +40,58 @@ pub fn run(global: &Global, _flags: &Flags) -> Result<Output> {
     };
     let bf16_path = if simd.contains(&"avx512bf16") { "AVX512_BF16" } else { "widened to f32" };
 
-    let mut text = String::new();
-    let _ = writeln!(text, "cellrefine {}", env!("CARGO_PKG_VERSION"));
-    let _ = writeln!(text, "  build      {} {}", std::env::consts::ARCH, std::env::consts::OS);
     let devices = cuda.devices();
-    let _ = writeln!(text, "  devices    {}", devices.join(", "));
-    let _ = writeln!(text, "  threads    {threads}");
-    let _ = writeln!(
-        text,
-        "  SIMD       {}",
-        if simd.is_empty() { "none detected".into() } else { simd.join(" ") }
+    let gpu = devices.iter().find(|d| d.starts_with("cuda"));
+    let simd_names = if simd.is_empty() { "none detected".to_string() } else { simd.join(" ") };
+    let mut text = format!(
+        "cellrefine {}, {} {}\n\nRuns here\n",
+        env!("CARGO_PKG_VERSION"),
+        std::env::consts::ARCH,
+        std::env::consts::OS
     );
-    let _ = writeln!(text, "  f32 path   {f32_path}");
-    let _ = writeln!(text, "  bf16 path  {bf16_path}");
+    let mut line = |name: &str, what: &str| {
+        let _ = writeln!(text, "  {name:<9}  {what}");
+    };
+    line("devices", &devices.join(", "));
+    line("threads", &threads.to_string());
+    line("SIMD", &simd_names);
+    line("f32 path", f32_path);
+    line("bf16 path", bf16_path);
     if let (Some(total), Some(available)) = (gigabytes(total), gigabytes(available)) {
-        let _ = writeln!(text, "  memory     {available} GB free of {total} GB");
+        line("memory", &format!("{available} GB free of {total} GB"));
     }
     cuda.write(&mut text);
+    let next = next_steps(gpu.map(String::as_str));
+    let _ = writeln!(text, "\nNext");
+    for (command, why) in &next {
+        let _ = writeln!(text, "  {command:<62}  {why}");
+    }
     let json = json!({"version": env!("CARGO_PKG_VERSION"), "arch": std::env::consts::ARCH, "os": std::env::consts::OS,
         "devices": devices, "cuda": cuda.to_json(), "threads": threads, "simd": simd, "f32_path": f32_path, "bf16_path": bf16_path,
-        "memory_total_gb": gigabytes(total), "memory_available_gb": gigabytes(available)});
+        "memory_total_gb": gigabytes(total), "memory_available_gb": gigabytes(available),
+        "next": next.iter().map(|(command, _)| command).collect::<Vec<_>>()});
     Ok(Output { text, json })
+}
+
+/// What somebody who has just installed the program does next: (command, why).
+fn next_steps(gpu: Option<&str>) -> Vec<(String, &'static str)> {
+    let mut steps = vec![
+        ("cellrefine demo".into(), "the whole story on bundled cells, in minutes"),
+        ("cellrefine vocab build cells.h5ad --out vocab.tsv".into(), "your own cells: first a vocabulary,"),
+        (
+            "cellrefine pack cells.h5ad --vocab vocab.tsv --out x.cells".into(),
+            "then a corpus; `pretrain` and `refine` follow",
+        ),
+    ];
+    match gpu {
+        Some(gpu) => steps.push((
+            format!("cellrefine bench kernels --device {gpu}"),
+            "is this GPU as fast as it should be?",
+        )),
+        None => steps
+            .push(("cellrefine doctor --device cuda".into(), "what a GPU would need, as an error to act on")),
+    }
+    steps
 }
 
 /// Was the emulator compiled in?
@@ -144,7 +175,18 @@ impl Cuda {
         ]
     }
 
+    /// The parts; and, where one is missing, that nothing stops for it.
     fn write(&self, text: &mut String) {
+        let usable = self.cublas.is_ok() && self.gpus.as_ref().is_ok_and(|n| *n > 0) && !self.nvcc.is_empty();
+        let _ = writeln!(
+            text,
+            "\nGPU\n  {}",
+            if usable {
+                "everything is there"
+            } else {
+                "not usable yet; without one every command runs on the CPU"
+            }
+        );
         for (name, state) in self.parts() {
             let _ = writeln!(text, "  {name:<9}  {state}");
         }

@@ -1,6 +1,7 @@
 //! `cellrefine embed`.
 
 use super::annotate::MarkerFlags;
+use super::training::TraceFlag;
 use super::{Global, Output};
 use crate::config::Precision;
 use crate::corpus::Corpus;
@@ -15,6 +16,7 @@ use crate::eval::zero_shot::Evidence;
 use crate::on_backend;
 use crate::ops::Backend;
 use crate::ops::pool::Pooling;
+use crate::trace::Trace;
 use serde_json::json;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -94,6 +96,8 @@ pub struct Flags {
     marker: MarkerFlags,
     #[command(flatten)]
     encoder: EncoderFlags,
+    #[command(flatten)]
+    trace: TraceFlag,
 }
 
 /// The form of the output.
@@ -167,6 +171,7 @@ fn write<B: Backend<A>, A: Act>(
     };
     let rows = copy.as_ref().map_or(corpus.cells(), |c| c.cells().len());
     let absent = copy.as_ref().map_or(0, H5adCopy::absent);
+    let trace = flags.trace.start()?;
     let progress = global.progress("embed", Some((rows - absent) as u64));
     let embedding = Instant::now();
     match (form, &copy) {
@@ -175,6 +180,7 @@ fn write<B: Backend<A>, A: Act>(
         _ => embedder.write_npy(&flags.out, |n| progress.add(n))?,
     }
     progress.finish();
+    trace.map_or(Ok(()), Trace::finish)?;
     let rate = (rows - absent) as f64 / embedding.elapsed().as_secs_f64().max(1e-9);
     let (out, width) = (flags.out.display(), embedder.width());
     let (layer, pool) = (embedder.layer(), pool_name(embedder.pooling()));

@@ -14,6 +14,7 @@ use crate::device::Act;
 use crate::error::{Error, Result};
 use crate::ops::Backend;
 use crate::ops::pool::Pooling;
+use crate::trace;
 use half::f16;
 use std::sync::Arc;
 
@@ -52,10 +53,18 @@ impl<B: Backend<A>, A: Act> CellVectors<'_, B, A> {
         let mut packer = Packer::in_order(corpus.clone(), cells.to_vec(), options.clone())?;
         let (mut batch, mut host) = (Batch::default(), Vec::new());
         let mut done = 0;
-        while packer.fill(&mut batch)? {
+        loop {
+            let packing = trace::range("batch");
+            if !packer.fill(&mut batch)? {
+                break;
+            }
+            drop(packing);
+            let encoding = trace::range("encode");
             self.part.upload(&self.encoder.dev, &self.encoder.config, &batch)?;
             host.resize(batch.len() * self.encoder.config.width, 0.0);
             self.read(&mut host)?;
+            drop(encoding);
+            let _taking = trace::range("take rows");
             sink(&batch.cells, &host)?;
             done += batch.len();
         }
