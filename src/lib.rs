@@ -15,10 +15,12 @@
 //! | [`model`] | the BERT encoder, forward and backward by hand, over one flat parameter store |
 //! | [`objective`] | prototypes and the five terms of the refine loss |
 //! | [`train`] | steps, schedules, optimiser, run folders, resume |
-//! | [`eval`] | embeddings, metrics, probes, splits, zero-shot annotation |
+//! | [`eval`] | embeddings (`.npy`, Parquet, into a copy of the `.h5ad`), metrics, probes, splits, zero-shot annotation |
 //! | [`report`], [`mod@bench`] | run records; timings against counted floors |
 //! | [`trace`] | ranges of time for Perfetto and NVTX |
 //! | [`cli`] | one file per command |
+//!
+//! `examples/` shows them at work, each in a page: `pack_and_read`, `one_op_two_backends`, `training_loop`, `loss_term`.
 //!
 //! Shape letters, everywhere: N packed tokens, C cells, L layers, D width, H heads, K head width, F feed-forward width,
 //! V vocabulary, P prototypes, M masked tokens.

@@ -215,6 +215,12 @@ impl<B: Backend<A>, A: Act> Embedder<B, A> {
             names: l.names.clone(),
             codes: vec![-1; copy.cells().len()],
             scores: vec![f32::NAN; copy.cells().len()],
+            origin: format!(
+                "evidence {}, prototypes from {}, temperature {}",
+                l.evidence.name(),
+                l.origin.unwrap_or("nothing"),
+                l.temperature
+            ),
         });
         let mut done = 0;
         self.each(&cells, |cells, rows| {

@@ -30,6 +30,8 @@ const EMBEDDING: &str = "obsm/X_cellrefine";
 const LABEL: &str = "cellrefine_label";
 const SCORE: &str = "cellrefine_score";
 const ORIGIN: &str = "uns/cellrefine";
+/// Labels that an earlier run left in the source are kept, like all else; this says that they are not of these rows.
+const NO_LABELS: &str = "none of this run";
 
 /// A source file and the place of its copy, with the rows met with the cells of a corpus.
 pub struct H5adCopy {
@@ -47,6 +49,8 @@ pub struct RowLabels {
     pub codes: Vec<i32>,
     /// Probability of the label per row, NaN = none.
     pub scores: Vec<f32>,
+    /// What they go by, in words.
+    pub origin: String,
 }
 
 impl H5adCopy {
@@ -161,6 +165,7 @@ impl H5adCopy {
         })?;
         let mut origin = provenance.pairs();
         origin.push(("cells_absent", self.absent().to_string()));
+        origin.push(("labels", labels.map_or(NO_LABELS.into(), |l| l.origin.clone())));
         root.create_group_with(ORIGIN, |g| {
             g.set_attr("encoding-type", text("dict"));
             g.set_attr("encoding-version", text("0.1.0"));
