@@ -2,9 +2,15 @@
 //!
 //! Unpickling is a stack machine that may call any Python function. Here values live in an arena, the stack and the memo hold
 //! indices into it, and the only callables known are the four that rebuild a numpy scalar or an ordered dictionary. Everything
-//! else is refused by name. Work and memory are linear in the file's size.
+//! else is refused by name. Work and memory are linear in the file's size: a value costs more than its byte in the file, so values
+//! are counted, and text that is recalled again and again may not add up to more than a few times the file.
 
 use std::collections::HashMap;
+
+/// Values built at most; a dictionary of numpy scalars takes seven for each of its 60,000 genes.
+const MAX_VALUES: usize = 1 << 23;
+/// Marks open at a time; dictionaries of scalars nest two.
+const MAX_MARKS: usize = 1 << 10;
 
 /// A value of the dictionary.
 #[derive(Debug, Clone, PartialEq)]
@@ -61,6 +67,12 @@ pub fn read_dictionary(bytes: &[u8]) -> Outcome<Vec<(String, Scalar)>> {
     };
     let top = loop {
         let at = machine.at;
+        if machine.arena.len().max(machine.memo.len()) > MAX_VALUES {
+            return Err(format!("too many values for a dictionary of genes (byte {at})"));
+        }
+        if machine.marks.len() > MAX_MARKS {
+            return Err(format!("{MAX_MARKS} marks are open (byte {at})"));
+        }
         match machine.step() {
             Ok(Some(top)) => break top,
             Ok(None) => {}
@@ -74,6 +86,14 @@ pub fn read_dictionary(bytes: &[u8]) -> Outcome<Vec<(String, Scalar)>> {
         Value::Scalar(s) => Ok(s.clone()),
         other => Err(format!("a dictionary entry is no string or number but {}", other.kind())),
     };
+    let text = |index: usize| match &machine.arena[index] {
+        Value::Scalar(Scalar::Text(text)) => text.len(),
+        _ => 0,
+    };
+    let all: usize = items.iter().map(|&(key, value)| text(key).saturating_add(text(value))).sum();
+    if all > 4 * bytes.len() + (1 << 20) {
+        return Err(format!("the entries name {all} bytes of text, more text than the file holds"));
+    }
     items
         .iter()
         .map(|&(key, value)| match scalar(key)? {
