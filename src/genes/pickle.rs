@@ -8,7 +8,7 @@
 use std::collections::HashMap;
 
 /// Values built at most; a dictionary of numpy scalars takes seven for each of its 60,000 genes.
-const MAX_VALUES: usize = 1 << 23;
+const MAX_VALUES: usize = 1 << 22;
 /// Marks open at a time; dictionaries of scalars nest two.
 const MAX_MARKS: usize = 1 << 10;
 
