@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::model::ModelConfig;
+use crate::model::config::{DEFAULT_VALUE_BINS, Embedding};
 use crate::ops::gene_attention::Pattern;
 use crate::ops::pool::Pooling;
 use serde::{Deserialize, Serialize};
@@ -30,7 +31,10 @@ pub struct ModelSettings {
     pub ffn: usize,
     /// Longest cell, special tokens included.
     pub positions: usize,
-    /// Bins of expression values beside the genes; 0 = ranks alone. The corpus must store values.
+    /// What is added to a gene's vector: `rank`, its place in the cell; `value-bins`, the bin of its expression among the cell's
+    /// own, and no place (scGPT).
+    pub embedding: Embedding,
+    /// Bins of expression values; 0 = none, 51 where `embedding` needs some. The corpus must store values.
     pub value_bins: usize,
     /// Dropout on the embedding and on both branches of a layer.
     pub hidden_dropout: f64,
@@ -64,6 +68,7 @@ impl ModelSettings {
             heads: config.heads,
             ffn: config.ffn,
             positions: config.positions,
+            embedding: config.embedding,
             value_bins: config.value_bins,
             hidden_dropout: as_typed(config.hidden_dropout),
             attention_dropout: as_typed(config.attention_dropout),
@@ -71,6 +76,14 @@ impl ModelSettings {
             window,
             pooling: config.pooling,
             layer: config.layer,
+        }
+    }
+
+    /// Value bins: those set, or as many as the embedding needs.
+    fn bins(&self) -> usize {
+        match (self.embedding, self.value_bins) {
+            (Embedding::ValueBins, 0) => DEFAULT_VALUE_BINS,
+            (_, bins) => bins,
         }
     }
 
@@ -85,7 +98,7 @@ impl ModelSettings {
             ("model.heads", self.heads, &mut config.heads),
             ("model.ffn", self.ffn, &mut config.ffn),
             ("model.positions", self.positions, &mut config.positions),
-            ("model.value_bins", self.value_bins, &mut config.value_bins),
+            ("model.value_bins", self.bins(), &mut config.value_bins),
         ];
         for (name, wanted, size) in sizes {
             if fixed && *size != wanted {
@@ -96,6 +109,13 @@ impl ModelSettings {
             }
             *size = wanted;
         }
+        if fixed && config.embedding != self.embedding {
+            return Err(Error::usage("model.embedding cannot differ from the checkpoint")
+                .found(format!("{:?}", self.embedding))
+                .wanted(format!("{:?}", config.embedding))
+                .next("leave it out, or pretrain an encoder of that kind"));
+        }
+        config.embedding = self.embedding;
         config.hidden_dropout = self.hidden_dropout as f32;
         config.attention_dropout = self.attention_dropout as f32;
         config.attention = match self.attention {

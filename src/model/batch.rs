@@ -11,7 +11,7 @@
 //! ```
 
 use super::activations::Capacity;
-use super::config::ModelConfig;
+use super::config::{Embedding, ModelConfig};
 use super::ledger::Ledger;
 use crate::corpus::Batch;
 use crate::device::{Device, Queue};
@@ -30,6 +30,21 @@ pub fn value_bin(value: f16, bins: usize) -> u32 {
         return 0;
     }
     1 + ((value / VALUE_MAX * steps as f32) as usize).min(steps - 1) as u32
+}
+
+/// Appends the bins of one cell's values among themselves: 0 for special tokens (value 0), then `1 + ⌊(bins - 1) · b/n⌋`, b of the n
+/// values above 0 being smaller. scGPT's quantile bins, but that equal values share one (there they are spread at random).
+fn quantile_bins(values: &[f16], bins: usize, sorted: &mut Vec<f16>, out: &mut Vec<u32>) {
+    sorted.clear();
+    sorted.extend(values.iter().filter(|v| **v > f16::ZERO));
+    sorted.sort_unstable_by(f16::total_cmp);
+    out.extend(values.iter().map(|v| {
+        if *v <= f16::ZERO {
+            return 0;
+        }
+        let below = sorted.partition_point(|x| x < v);
+        1 + (below * bins.saturating_sub(1) / sorted.len()) as u32
+    }));
 }
 
 /// Cells on the device.
@@ -67,6 +82,7 @@ pub struct DeviceBatch<B: Device> {
 struct Staging {
     gene: Vec<u32>,
     per_token: Vec<u32>,
+    sorted: Vec<f16>,
     global: Vec<u8>,
 }
 
@@ -174,7 +190,11 @@ impl<B: Device> DeviceBatch<B> {
         let per_token = &mut self.staging.per_token;
         per_token.clear();
         for w in cell_start.windows(2) {
-            per_token.extend(0..w[1] - w[0]);
+            let len = w[1] - w[0];
+            match config.embedding {
+                Embedding::Rank => per_token.extend(0..len),
+                Embedding::ValueBins => per_token.extend((0..len).map(|_| 0)),
+            }
         }
         dev.write_beside(&mut self.position, per_token)?;
         if let Some(value_bins) = &mut self.value_bin {
@@ -184,7 +204,13 @@ impl<B: Device> DeviceBatch<B> {
                     .next("pack the corpus again with --values")
             })?;
             per_token.clear();
-            per_token.extend(value.iter().map(|v| value_bin(*v, config.value_bins)));
+            let (bins, sorted) = (config.value_bins, &mut self.staging.sorted);
+            match config.embedding {
+                Embedding::Rank => per_token.extend(value.iter().map(|v| value_bin(*v, bins))),
+                Embedding::ValueBins => cell_start.windows(2).for_each(|w| {
+                    quantile_bins(&value[w[0] as usize..w[1] as usize], bins, sorted, per_token);
+                }),
+            }
             dev.write_beside(value_bins, per_token)?;
         }
         if let Some(global) = &mut self.global {
@@ -250,6 +276,38 @@ mod tests {
         assert_eq!((bin(0.0), bin(1e-3), bin(9.3)), (0, 1, 15));
         assert!((1..90).map(|v| bin(v as f32 / 10.0)).is_sorted());
         assert_eq!(value_bin(f16::from_f32(2.0), 0), 0);
+    }
+
+    #[test]
+    fn quantile_bins_follow_the_cell_s_own_values() {
+        let bins = |values: &[f32], bins: usize| {
+            let values: Vec<f16> = values.iter().map(|v| f16::from_f32(*v)).collect();
+            let mut out = Vec::new();
+            quantile_bins(&values, bins, &mut vec![f16::ONE; 3], &mut out);
+            out
+        };
+        // A special token, then five values, two of them equal: b/n = 4/5, 0, 1/5, 1/5, 3/5 of four steps.
+        assert_eq!(bins(&[0.0, 9.0, 0.5, 1.0, 1.0, 2.0], 5), [0, 4, 1, 1, 1, 3]);
+        assert_eq!(bins(&[0.0, 90.0, 5.0, 10.0, 10.0, 20.0], 5), [0, 4, 1, 1, 1, 3], "scale says nothing");
+        assert_eq!(bins(&[0.0, 0.0], 5), [0, 0]);
+        let many: Vec<f32> = (1..=200).map(|v| v as f32).collect();
+        let found = bins(&many, 51);
+        assert!(found.is_sorted() && found[0] == 1 && found[199] == 50);
+        assert!((1..=50).all(|b| found.iter().filter(|x| **x == b).count() == 4));
+    }
+
+    #[test]
+    fn under_value_bins_a_cell_has_no_places() {
+        let mut config = PRESETS[0].config(20, Vocabulary::default());
+        (config.embedding, config.value_bins) = (Embedding::ValueBins, 4);
+        let mut b = DeviceBatch::new(&Cpu, &config, Capacity { tokens: 8, cells: 3 }).unwrap();
+        let value = [1.0, 3.0, 2.0, 7.0, 5.0].map(f16::from_f32);
+        b.upload_cells(&Cpu, &config, &[9, 8, 3, 7, 5], &[0, 3, 5], Some(&value)).unwrap();
+        assert_eq!(b.position[..5], [0; 5]);
+        assert_eq!(b.value_bin.as_ref().unwrap()[..5], [1, 3, 2, 2, 1]);
+        assert!(
+            b.upload_cells(&Cpu, &config, &[9], &[0, 1], None).unwrap_err().to_string().contains("--values")
+        );
     }
 
     #[test]

@@ -7,6 +7,7 @@
 //! Cells are packed end to end without padding, so a cell's row depends on the cell alone: the same bits whatever the budget, the
 //! order or the neighbours in the batch. Memory is that of one batch; rows go to a sink as they come.
 
+use super::config::Embedding;
 use super::heads;
 use super::{Activations, DeviceBatch, Encoder, Parameters, Pass};
 use crate::corpus::{Batch, BatchOptions, Corpus, Packer};
@@ -83,7 +84,17 @@ impl<B: Backend<A>, A: Act> CellVectors<'_, B, A> {
         for (list, row) in lists.iter().zip(rows.chunks_exact_mut(config.width)) {
             let gene: Vec<u32> =
                 before.into_iter().chain(list.iter().copied().take(room)).chain(after).collect();
-            let value = vec![f16::from_f32(VALUE_OF_A_LIST); gene.len()];
+            let value: Vec<f16> = match config.embedding {
+                Embedding::Rank => vec![f16::from_f32(VALUE_OF_A_LIST); gene.len()],
+                // Bins are of the cell's own values: the order of the list is that of its expression.
+                Embedding::ValueBins => {
+                    let falling = |(i, id): (usize, &u32)| match *id < config.vocabulary.first_gene {
+                        true => f16::ZERO,
+                        false => f16::from_f32(2.0 - i as f32 / gene.len() as f32),
+                    };
+                    gene.iter().enumerate().map(falling).collect()
+                }
+            };
             self.part.upload_cells(&encoder.dev, config, &gene, &[0, gene.len() as u32], Some(&value))?;
             self.read(row)?;
         }

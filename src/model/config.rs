@@ -35,7 +35,9 @@ pub struct ModelConfig {
     pub initializer_range: f64,
     /// Id of `<pad>` (`pad_token_id`): its row of the word table starts at zero and no batch holds it.
     pub pad_token: u32,
-    /// Value bins; 0 = ranks alone.
+    /// What tells a gene of a cell from the same gene of another.
+    pub embedding: Embedding,
+    /// Value bins; 0 = no values.
     pub value_bins: usize,
     /// Which pairs of tokens attend.
     pub attention: Pattern,
@@ -49,6 +51,20 @@ pub struct ModelConfig {
     /// Which vocabulary the ids belong to.
     pub vocabulary: Vocabulary,
 }
+
+/// What is added to a gene's own vector.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Embedding {
+    /// Its rank in the cell (Geneformer), and, where there are value bins, the bin of its expression over a fixed range.
+    #[default]
+    Rank,
+    /// The bin of its expression among the cell's own, and no rank (scGPT): the order of the genes says nothing.
+    ValueBins,
+}
+
+/// Bins of [`Embedding::ValueBins`] where nothing is said: scGPT's.
+pub const DEFAULT_VALUE_BINS: usize = 51;
 
 /// The vocabulary a network was trained on, as far as the network must know it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -178,11 +194,18 @@ impl ModelConfig {
         if self.positions > crate::rng::ATTENTION_ROW_STRIDE as usize {
             return bad("the context is too long", self.positions.to_string(), "at most 65,536 tokens");
         }
+        if self.embedding == Embedding::ValueBins && self.value_bins == 0 {
+            return bad(
+                "an embedding of value bins without bins",
+                "value_bins = 0".into(),
+                &format!("at least 2, such as {DEFAULT_VALUE_BINS}"),
+            );
+        }
         if self.value_bins == 1 {
             return bad(
                 "a single value bin says nothing",
                 "value_bins = 1".into(),
-                "0 (ranks alone) or at least 2",
+                "0 (no values) or at least 2",
             );
         }
         Ok(())
@@ -205,7 +228,7 @@ mod tests {
         let mut c = Preset::named("tiny").unwrap().config(50, v);
         c.attention = Pattern::MarkerSparse { window: 32 };
         c.globals = vec![4, 9, 49];
-        c.value_bins = 16;
+        (c.embedding, c.value_bins) = (Embedding::ValueBins, 16);
         c
     }
 
@@ -244,9 +267,12 @@ mod tests {
         assert!(change("hidden_dropout_prob", json!(1.5)).unwrap_err().contains("probability"));
         let globals = |ids: Value| {
             let sparse = json!({"marker_sparse": {"window": 3, "globals": ids}});
-            let own = json!({"attention": sparse, "value_bins": 0});
+            let own = json!({"attention": sparse});
             change("cellrefine", own).map(|c| c.globals)
         };
+        let own = change("cellrefine", json!({"embedding": "value-bins", "value_bins": 0}));
+        assert!(own.unwrap_err().contains("without bins"));
+        assert!(change("cellrefine", json!({"embedding": "bag"})).unwrap_err().contains("value-bins"));
         assert_eq!(globals(json!([5, 8])), Ok(vec![5, 8]));
         assert!(globals(json!([8, 5])).unwrap_err().contains("ascending"));
         assert!(globals(json!([5, 50])).unwrap_err().contains("below vocab_size"));

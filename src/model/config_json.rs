@@ -1,10 +1,13 @@
 //! `config.json`: written as `transformers` reads it, read strictly.
 
-use super::config::{ModelConfig, Vocabulary};
+use super::config::{Embedding, ModelConfig, Vocabulary};
 use crate::error::{Error, Result};
 use crate::ops::gene_attention::Pattern;
 use crate::ops::pool::Pooling;
 use serde_json::{Map, Value, json};
+
+/// Fields of the object `cellrefine`.
+const OWN_FIELDS: [&str; 6] = ["vocabulary", "pooling", "layer", "attention", "embedding", "value_bins"];
 
 impl ModelConfig {
     /// `config.json` as `transformers` reads it.
@@ -41,6 +44,7 @@ impl ModelConfig {
                 "pooling": self.pooling,
                 "layer": self.layer,
                 "attention": attention,
+                "embedding": self.embedding,
                 "value_bins": self.value_bins,
             },
         })
@@ -89,6 +93,7 @@ impl ModelConfig {
             layer_norm_eps: fields.number_or("layer_norm_eps", 1e-12)?,
             initializer_range: fields.number_or("initializer_range", 0.02)?,
             pad_token: fields.size_or("pad_token_id", 0)? as u32,
+            embedding: Embedding::Rank,
             value_bins: 0,
             attention: Pattern::Dense,
             globals: Vec::new(),
@@ -107,7 +112,7 @@ impl ModelConfig {
     fn read_own(&mut self, own: &Value, place: &str) -> Result<()> {
         let fields = Fields { map: object(own, place)?, place };
         for key in fields.map.keys() {
-            if !["vocabulary", "pooling", "layer", "attention", "value_bins"].contains(&key.as_str()) {
+            if !OWN_FIELDS.contains(&key.as_str()) {
                 return Err(Error::input("unknown field")
                     .at(format!("{place}.{key}"))
                     .next("update cellrefine"));
@@ -133,6 +138,10 @@ impl ModelConfig {
                 .as_i64()
                 .and_then(|v| i32::try_from(v).ok())
                 .ok_or_else(|| fields.unsupported("layer", "an integer"))?;
+        }
+        if let Some(v) = fields.map.get("embedding") {
+            self.embedding = serde_json::from_value(v.clone())
+                .map_err(|_| fields.unsupported("embedding", "\"rank\" or \"value-bins\""))?;
         }
         self.value_bins = fields.size_or("value_bins", 0)?;
         if let Some(v) = fields.map.get("attention") {

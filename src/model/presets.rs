@@ -1,6 +1,6 @@
 //! Encoders by name: Geneformer's published sizes, and two small ones.
 
-use super::config::{ModelConfig, Vocabulary};
+use super::config::{Embedding, ModelConfig, Vocabulary};
 use crate::error::{Error, Result, nearest};
 use crate::ops::gene_attention::Pattern;
 use crate::ops::pool::Pooling;
@@ -85,6 +85,7 @@ impl Preset {
             layer_norm_eps: 1e-12,
             initializer_range: 0.02,
             pad_token: 0,
+            embedding: Embedding::Rank,
             value_bins: 0,
             attention: Pattern::Dense,
             globals: Vec::new(),
