@@ -110,7 +110,8 @@ fn value_bins_are_trained_refined_and_embedded_and_order_says_nothing() {
     assert!(refined.best.as_ref().unwrap().value > 0.6, "{:?}", refined.best);
     let sentences = on("sentences", &["objective.prototypes=sentence"]);
     stages::refine(&sentences, &markers, &mut Unwatched).unwrap();
-    let tuned = stages::finetune(&on("tuned", &[]), &mut Unwatched).unwrap();
+    let further = RunInputs { checkpoint: Some(refined.out.clone()), ..on("tuned", &["train.steps=240"]) };
+    let tuned = stages::finetune(&further, &mut Unwatched).unwrap();
     assert!(tuned.best.as_ref().unwrap().value > 0.6, "{:?}", tuned.best);
 
     // The same cells through ranks: there the order is what is read.
