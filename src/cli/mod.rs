@@ -17,6 +17,7 @@ mod man;
 mod markers;
 mod merge;
 mod pack;
+mod perturb;
 mod plan;
 mod pretrain;
 mod progress;
@@ -135,6 +136,8 @@ enum Command {
     Finetune(finetune::Flags),
     /// Cell embeddings, one row per cell, in input order.
     Embed(embed::Flags),
+    /// Delete or overexpress genes in silico: how far cells move, and towards which prototype.
+    Perturb(perturb::Flags),
     /// Zero-shot labels by nearest prototype, marker score or both.
     Annotate(annotate::Flags),
     /// Accuracy, macro-F1, probes, kNN, recall@k, clustering and mixing scores.
@@ -169,6 +172,7 @@ fn dispatch(global: &Global, command: &Command) -> Result<Output> {
         Command::Refine(f) => refine::run(global, f),
         Command::Finetune(f) => finetune::run(global, f),
         Command::Embed(f) => embed::run(global, f),
+        Command::Perturb(f) => perturb::run(global, f),
         Command::Annotate(f) => annotate::run(global, f),
         Command::Eval(f) => eval::run(global, f),
         Command::Export(f) => export::run(global, f),

@@ -18,6 +18,7 @@ use crate::model::ledger::Ledger;
 use crate::model::{Activations, Capacity, CellVectors, DeviceBatch, Encoder, ModelConfig, Parameters};
 use crate::ops::Backend;
 use crate::ops::pool::Pooling;
+use half::f16;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -145,6 +146,18 @@ impl<B: Backend<A>, A: Act> Embedder<B, A> {
             Ok(())
         })?;
         Ok(all)
+    }
+
+    /// Is there room for a batch of so many tokens and cells?
+    pub fn fits(&self, tokens: usize, cells: usize) -> bool {
+        let Capacity { tokens: most, cells: most_cells } = self.part.capacity();
+        tokens <= most && cells <= most_cells
+    }
+
+    /// Rows (C, D) of a packed batch that stands in no corpus, special tokens included: `gene` (N), `start` (C + 1), and `value` (N)
+    /// where the network reads values.
+    pub fn packed(&mut self, gene: &[u32], start: &[u32], value: Option<&[f16]>) -> Result<Vec<f32>> {
+        self.vectors().packed(gene, start, value)
     }
 
     /// Rows of token lists that stand in no corpus, (lists, D): marker sentences.

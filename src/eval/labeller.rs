@@ -89,13 +89,15 @@ impl Labeller {
         }))
     }
 
+    /// Cosines (n, P) of `rows` (n, D) and the prototypes, both about their centre.
+    pub fn cosines(&self, rows: &[f32]) -> Result<Vec<f32>> {
+        let width = self.centre.len();
+        cosines(Rows::new(rows, width)?, Rows::new(&self.vectors, width)?, &self.centre)
+    }
+
     /// Scores of `cells`, whose embeddings are `rows` (n, D) where the evidence needs them.
     pub fn scores(&self, corpus: &Corpus, cells: &[u32], rows: Option<&[f32]>) -> Result<Scores> {
-        let cosine = rows.filter(|_| !self.vectors.is_empty()).map(|rows| {
-            let width = self.centre.len();
-            cosines(Rows::new(rows, width)?, Rows::new(&self.vectors, width)?, &self.centre)
-        });
-        let cosine = cosine.transpose()?;
+        let cosine = rows.filter(|_| !self.vectors.is_empty()).map(|rows| self.cosines(rows)).transpose()?;
         let marker = self.markers.as_ref().map(|(sets, scale)| {
             let mut scores = marker_scores(corpus, cells, sets)?;
             scale.apply(&mut scores);

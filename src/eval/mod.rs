@@ -20,6 +20,7 @@ pub mod mixing;
 pub mod npy;
 pub mod parquet;
 mod pending;
+pub mod perturb;
 pub mod probe;
 mod prototypes;
 pub mod provenance;

@@ -101,6 +101,15 @@ impl<B: Backend<A>, A: Act> CellVectors<'_, B, A> {
         Ok(rows)
     }
 
+    /// Rows (C, D) of a packed batch within the capacity of the buffers, special tokens included.
+    pub fn packed(&mut self, gene: &[u32], cell_start: &[u32], value: Option<&[f16]>) -> Result<Vec<f32>> {
+        let encoder = self.encoder;
+        self.part.upload_cells(&encoder.dev, &encoder.config, gene, cell_start, value)?;
+        let mut rows = vec![0.0; self.part.cells * encoder.config.width];
+        self.read(&mut rows)?;
+        Ok(rows)
+    }
+
     /// Runs the network over what was uploaded and reads its rows.
     fn read(&mut self, host: &mut [f32]) -> Result<()> {
         let CellVectors { encoder, params, acts, part, rows, depth, pooling } = self;
