@@ -23,7 +23,7 @@ use crate::eval::summary::Evaluation;
 use crate::genes::vocab::Vocab;
 use crate::import::medians::{BuildOptions, build};
 use crate::import::pack::{PackOptions, pack};
-use crate::report::page::{Timings, write as write_report};
+use crate::report::page::{Beside, write as write_report};
 use crate::report::{self, run::Run};
 use crate::train::{MarkerInputs, RunInputs, SplitFlags, Unwatched, stages};
 use serde_json::{Value, json};
@@ -123,7 +123,7 @@ fn report(options: &Options) -> Result<()> {
         map_cells: 20_000,
         ..Default::default()
     };
-    write_report::<Cpu, f32>(&Cpu, &runs, Timings::default(), &settings, &options.out.join(REPORT), &|_| ())?;
+    write_report::<Cpu, f32>(&Cpu, &runs, Beside::default(), &settings, &options.out.join(REPORT), &|_| ())?;
     Ok(())
 }
 

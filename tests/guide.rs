@@ -41,7 +41,9 @@ fn every_command_of_the_guide_runs_as_written() {
         let said = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         assert!(out.status.success(), "{block}\n{}\n{}", said(&out.stdout), said(&out.stderr));
     }
-    for file in ["report.html", "embedded.h5ad", "labels.tsv", "deletions.tsv", "refined-hf/model.safetensors"] {
+    for file in
+        ["report.html", "embedded.h5ad", "labels.tsv", "deletions.tsv", "refined-hf/model.safetensors"]
+    {
         assert!(dir.path().join(file).is_file(), "{file}");
     }
 }

@@ -135,8 +135,10 @@ fn cells(corpus: &Corpus, flags: &Flags, seed: u64) -> Result<Vec<u32>> {
             let e = Error::input(format!("no cell has this value of {column}")).at(corpus.path().display());
             let near = nearest(value, all.categories.iter().map(String::as_str));
             return Err(e.found(value).wanted(match near {
-                Some(near) => format!("one of {}; the nearest is {near:?}", all.categories.len()),
-                None => all.categories.join(", "),
+                Some(near) if all.categories.len() > 20 => {
+                    format!("one of {} values; the nearest is {near:?}", all.categories.len())
+                }
+                _ => all.categories.join(", "),
             }));
         };
         cells.retain(|c| all.codes[*c as usize] == code as i32);

@@ -5,7 +5,7 @@ use crate::config::Precision;
 use crate::error::{Error, Result};
 use crate::on_backend;
 use crate::report::measure::Options;
-use crate::report::page::{Timings, write};
+use crate::report::page::{Beside, write};
 use crate::report::run::Run;
 use serde_json::{Value, json};
 use std::path::PathBuf;
@@ -32,6 +32,9 @@ pub struct Flags {
     /// Trace for the time by range: the file of a training command's --trace.
     #[arg(long, value_name = "FILE.json", requires = "out")]
     trace: Option<PathBuf>,
+    /// What genes do in silico: the table of `perturb`.
+    #[arg(long, value_name = "FILE.tsv", requires = "out")]
+    perturb: Option<PathBuf>,
     /// Corpus instead of the one that the runs recorded.
     #[arg(long, value_name = "X.cells")]
     corpus: Option<PathBuf>,
@@ -65,11 +68,15 @@ pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
             map_cells: flags.map_cells as usize,
             records_only: flags.records_only,
         };
-        let timings = Timings { bench: flags.bench.as_deref(), trace: flags.trace.as_deref() };
+        let beside = Beside {
+            bench: flags.bench.as_deref(),
+            trace: flags.trace.as_deref(),
+            perturbations: flags.perturb.as_deref(),
+        };
         let measures = on_backend!(global.device, flags.dtype, |dev: B, A| write::<B, A>(
             dev,
             &runs,
-            timings,
+            beside,
             &options,
             out,
             &|what| global.note(what)

@@ -7,6 +7,7 @@ use super::charts::classes::long_tail;
 use super::charts::curves;
 use super::charts::kernels::{Bench, trace};
 use super::charts::matrix::{Shade, chain, matrix};
+use super::charts::perturbation;
 use super::charts::scatter::{PairOfTypes, correlation, scatter};
 use super::headline::{sentence, tiles};
 use super::html::{base64, escape, folded_table, number, script_json};
@@ -26,11 +27,13 @@ use std::path::Path;
 
 /// Files beside the runs.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Timings<'a> {
+pub struct Beside<'a> {
     /// JSON of `bench kernels`.
     pub bench: Option<&'a Path>,
     /// File of `--trace`.
     pub trace: Option<&'a Path>,
+    /// Table of `perturb`.
+    pub perturbations: Option<&'a Path>,
 }
 
 /// Measures `runs` and writes the page to `out`.
@@ -40,7 +43,7 @@ pub struct Timings<'a> {
 pub fn write<B: Backend<A>, A: Act>(
     dev: &B,
     runs: &[Run],
-    timings: Timings,
+    beside: Beside,
     options: &Options,
     out: &Path,
     say: &dyn Fn(&str),
@@ -52,7 +55,7 @@ pub fn write<B: Backend<A>, A: Act>(
             .next(format!("mkdir -p {}", folder.display())));
     }
     let measures = measure::<B, A>(dev, runs, options, say)?;
-    let html = page(runs, &measures, timings, options, say)?;
+    let html = page(runs, &measures, beside, options, say)?;
     write_atomically(out, html.as_bytes())?;
     Ok(measures)
 }
@@ -60,11 +63,11 @@ pub fn write<B: Backend<A>, A: Act>(
 /// The page over `runs`, measured.
 ///
 /// # Errors
-/// Input: timings that are not what they are named; embeddings that are not finite.
+/// Input: files beside the runs that are not what they are named; embeddings that are not finite.
 pub fn page(
     runs: &[Run],
     measures: &Measures,
-    timings: Timings,
+    beside: Beside,
     options: &Options,
     say: &dyn Fn(&str),
 ) -> Result<String> {
@@ -80,6 +83,9 @@ pub fn page(
     };
     sections.push(("maps", "Maps", map_section(measures, &sets, &planes)));
     sections.push(("prototypes", "Prototypes", prototypes(measures)));
+    if let Some(path) = beside.perturbations {
+        sections.push(("perturbations", "Perturbations", perturbation::html(path)?));
+    }
     let (panels, curve_data) = curves::curves(runs);
     let numbers = curves::numbers(runs);
     let legend = curves::legend(runs);
@@ -88,9 +94,9 @@ pub fn page(
         "Training",
         format!("{legend}<div class=\"grid-panels\">{panels}</div>{numbers}"),
     ));
-    if timings.bench.is_some() || timings.trace.is_some() {
-        let bench = timings.bench.map(Bench::read).transpose()?.map_or(String::new(), |b| b.html());
-        let traced = timings.trace.map(trace).transpose()?.unwrap_or_default();
+    if beside.bench.is_some() || beside.trace.is_some() {
+        let bench = beside.bench.map(Bench::read).transpose()?.map_or(String::new(), |b| b.html());
+        let traced = beside.trace.map(trace).transpose()?.unwrap_or_default();
         sections.push(("kernels", "Kernels", bench + &traced));
     }
     sections.push(("settings", "Settings and origin", provenance(runs)));

@@ -202,7 +202,8 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
     let partial = path.with_file_name(format!(".{name}.partial"));
     write_synced(&partial, bytes)?;
     fs::rename(&partial, path).map_err(|e| Error::io(path, "publish", &e))?;
-    path.parent().map_or(Ok(()), sync)
+    // The folder of a bare name is the current one.
+    sync(path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")))
 }
 
 /// Syncs a file or a folder.

@@ -13,6 +13,8 @@ pub enum Shade {
     Share,
     /// −1 … 1: two hues about the surface.
     Signed,
+    /// The same for shares of a greatest value: tiles bear no number.
+    Relative,
 }
 
 /// An order of `n` things in which each follows the nearest of those left, from the largest on: `near` is (n, n) and symmetric.
@@ -73,12 +75,12 @@ pub fn matrix(
                 continue;
             }
             let hue = match shade {
-                Shade::Signed if v < 0.0 => "tile cold",
+                Shade::Signed | Shade::Relative if v < 0.0 => "tile cold",
                 _ => "tile warm",
             };
             let opacity = format!("fill-opacity:{:.2}", v.abs().min(1.0));
             svg.rect((left + tile * c as f64, y, tile - 0.6, tile - 0.6), hue, &opacity, &tip(r, c));
-            if tile >= 20.0 {
+            if tile >= 20.0 && shade != Shade::Relative {
                 let ink = if v.abs() > 0.55 { "in-tile light" } else { "in-tile" };
                 let text =
                     if shade == Shade::Share { format!("{:.0}", 100.0 * v) } else { number(Some(v), 1) };

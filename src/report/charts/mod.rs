@@ -4,4 +4,5 @@ pub mod classes;
 pub mod curves;
 pub mod kernels;
 pub mod matrix;
+pub mod perturbation;
 pub mod scatter;
