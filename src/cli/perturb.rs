@@ -100,7 +100,11 @@ fn with<B: Backend<A>, A: Act>(
     if genes.is_empty() {
         return Err(Error::input("no gene to perturb")
             .at(corpus.path().display())
-            .found(format!("{} cells, and none of their genes is in {} of them", cells.len(), flags.min_cells))
+            .found(format!(
+                "{} cells, and none of their genes is in {} of them",
+                cells.len(),
+                flags.min_cells
+            ))
             .next("lower --min-cells, or name --genes"));
     }
     let sets = if flags.together { vec![genes] } else { genes.into_iter().map(|g| vec![g]).collect() };
