@@ -36,7 +36,7 @@ pub struct Request {
     pub top: usize,
     /// A cell whose best probability is below this is called unknown.
     pub unknown_below: f32,
-    /// Softmax temperature; `None` = the checkpoint's, else [`TEMPERATURE`].
+    /// Softmax temperature; `None` = the checkpoint's, else [`TEMPERATURE`](super::zero_shot::TEMPERATURE).
     pub temperature: Option<f32>,
     /// How cells become rows.
     pub embed: EmbedOptions,

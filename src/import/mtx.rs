@@ -2,7 +2,7 @@
 //!
 //! Cell Ranger writes entries by cell, so cells stream in order; but nothing in the format says so. A first pass therefore reads
 //! every entry: indices in range, as many as the header says, counts that are counts, and in which order. Sorted files then
-//! stream with the memory of one block; any other order goes through the disk ([`transpose`](super::transpose)). Genes are rows
+//! stream with the memory of one block; any other order goes through the disk ([`transpose`]). Genes are rows
 //! and cells are columns; the other way round is seen by the lengths of the two name files and read as well. A name in front
 //! (`GSM42_matrix.mtx.gz`, as in GEO) is expected in front of all three.
 

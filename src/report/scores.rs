@@ -1,5 +1,5 @@
 //! Scores with intervals: before and after as tables, F1 by class, confusion. Every number is one of `eval`; the intervals are those of
-//! [`bootstrap`](super::bootstrap).
+//! [`bootstrap`].
 
 use super::bootstrap::{self, Draws, Interval, interval, wilson};
 use super::charts::classes::{Class, Group, Scored, by_class};
