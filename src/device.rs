@@ -5,6 +5,7 @@
 //! [`Store`](crate::model::store::Store) lays named parts over one flat buffer, so that the optimiser sees one array and
 //! the network sees tensors.
 
+use crate::collective::Collective;
 use crate::error::Result;
 use half::bf16;
 use std::ops::Range;
@@ -172,6 +173,33 @@ pub trait Device: Sized + Clone + Send + Sync + 'static {
     fn read_later<T: Element>(&self, buf: &Self::Buf<T>) -> Result<Later<T>> {
         let host = self.download(buf)?;
         Ok(Box::new(|| Ok(host)))
+    }
+
+    /// Σ over the ranks of the first `len` elements, on every rank, summed in rank order.
+    fn all_reduce(&self, ranks: &Collective, buf: &mut Self::Buf<f32>, len: usize) -> Result<()> {
+        if ranks.is_single() {
+            return Ok(());
+        }
+        let mut host = vec![0.0; len];
+        self.read(buf, &mut host)?;
+        ranks.all_reduce(&mut host)?;
+        self.write(buf, &host)
+    }
+
+    /// Elements `ranges[r]`, which only rank r has, to all ranks; the ranges follow each other from 0 on.
+    fn all_gather(
+        &self,
+        ranks: &Collective,
+        buf: &mut Self::Buf<f32>,
+        ranges: &[Range<usize>],
+    ) -> Result<()> {
+        if ranks.is_single() {
+            return Ok(());
+        }
+        let mut host = vec![0.0; ranges.last().map_or(0, |last| last.end)];
+        self.read(buf, &mut host)?;
+        ranks.all_gather_ranges(&mut host, ranges)?;
+        self.write(buf, &host)
     }
 
     /// A second handle to elements `range` of `buf`, kept alive independently of it.

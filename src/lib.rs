@@ -14,6 +14,7 @@
 //! | [`backend`], [`device`], [`ops`], [`cpu`] | the backend boundary: buffers, the maths of each op with its shape checks, the CPU's kernels |
 //! | [`model`] | the BERT encoder, forward and backward by hand, over one flat parameter store |
 //! | [`objective`] | prototypes and the five terms of the refine loss |
+//! | [`collective`] | several processes as one: transports, sums in a fixed order, which rank this is |
 //! | [`train`] | steps, schedules, optimiser, run folders, resume |
 //! | [`eval`] | embeddings (`.npy`, Parquet, into a copy of the `.h5ad`), metrics, probes, splits, zero-shot annotation |
 //! | [`report`], [`mod@bench`] | run records; timings against counted floors |
@@ -34,6 +35,7 @@ extern crate self as cellrefine; // as the harness in tests/common says
 pub mod backend;
 pub mod bench;
 pub mod cli;
+pub mod collective;
 pub mod config;
 pub mod corpus;
 pub mod cpu;

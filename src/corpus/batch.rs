@@ -131,8 +131,25 @@ pub struct Batch {
     pub cell_start: Vec<u32>,
     /// Tokens of the longest cell.
     pub max_len: usize,
+    /// What it is a share of; the whole itself where one process trains alone.
+    pub whole: Whole,
     /// Where the sampler stands after this batch; `None` for batches in input order.
     pub after: Option<SamplerState>,
+}
+
+/// The batch of all ranks, of which each loads a run of whole cells.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Whole {
+    /// Corpus index per cell, of all ranks.
+    pub cells: Vec<u32>,
+    /// Tokens of all of them.
+    pub tokens: usize,
+    /// Where each rank's share of them starts (world + 1); the last is C.
+    pub shares: Vec<usize>,
+    /// Place of this share's first cell among them.
+    pub first_cell: usize,
+    /// Place of this share's first token.
+    pub first_token: usize,
 }
 
 impl Batch {
@@ -190,19 +207,27 @@ pub struct Packer {
     corpus: Arc<Corpus>,
     source: Source,
     options: BatchOptions,
+    /// (rank, world): which share of every batch is loaded.
+    share: (usize, usize),
 }
 
 impl Packer {
     /// Endless batches in the sampler's order; a batch never spans two epochs, so the last of an epoch may be short.
     pub fn sampled(corpus: Arc<Corpus>, sampler: Sampler, options: BatchOptions) -> Result<Self> {
         options.check(&corpus)?;
-        Ok(Packer { corpus, source: Source::Sampled(Box::new(sampler)), options })
+        Ok(Packer { corpus, source: Source::Sampled(Box::new(sampler)), options, share: (0, 1) })
     }
 
     /// Batches over `cells` in the given order, once.
     pub fn in_order(corpus: Arc<Corpus>, cells: Vec<u32>, options: BatchOptions) -> Result<Self> {
         options.check(&corpus)?;
-        Ok(Packer { corpus, source: Source::InOrder { cells, next: 0 }, options })
+        Ok(Packer { corpus, source: Source::InOrder { cells, next: 0 }, options, share: (0, 1) })
+    }
+
+    /// Every batch is the same on all `world` ranks; of each, this one loads the cells that are its share: a run of them, of about
+    /// as many tokens as every other rank's. A share may be empty.
+    pub fn for_rank(self, rank: usize, world: usize) -> Self {
+        Packer { share: (rank, world), ..self }
     }
 
     /// Where the sampler stands; `None` in input order.
@@ -239,17 +264,29 @@ impl Packer {
         if upcoming.is_empty() {
             return Ok(false);
         }
-        batch.cells.clear();
+        let whole = &mut batch.whole;
+        whole.cells.clear();
         batch.cell_start.clear();
         batch.cell_start.push(0);
-        batch.max_len = 0;
         let mut end = 0;
         let taken = Self::plan(&self.corpus, &self.options, upcoming, |cell, len| {
             end += len;
-            batch.cells.push(cell);
+            whole.cells.push(cell);
             batch.cell_start.push(end as u32);
-            batch.max_len = batch.max_len.max(len);
         });
+        let (rank, world) = self.share;
+        whole.shares.clear();
+        whole.shares.extend(shares(&batch.cell_start, world));
+        let own = whole.shares[rank]..whole.shares[rank + 1];
+        (whole.tokens, whole.first_cell) = (end, own.start);
+        whole.first_token = batch.cell_start[own.start] as usize;
+        batch.cells.clear();
+        batch.cells.extend_from_slice(&whole.cells[own.clone()]);
+        batch.cell_start.truncate(own.end + 1);
+        batch.cell_start.drain(..own.start);
+        let first = batch.cell_start[0];
+        batch.cell_start.iter_mut().for_each(|start| *start -= first);
+        batch.max_len = batch.cell_start.windows(2).map(|w| (w[1] - w[0]) as usize).max().unwrap_or(0);
         if let Some(empty) = batch.cell_start.windows(2).position(|w| w[0] == w[1]) {
             let cell = batch.cells[empty] as usize;
             return Err(Error::input(
@@ -344,6 +381,16 @@ impl Packer {
     }
 }
 
+/// Where the shares of `world` ranks start: at the first cells that start at or after their parts of the tokens; then C.
+fn shares(cell_start: &[u32], world: usize) -> impl Iterator<Item = usize> {
+    let (cells, tokens) = (cell_start.len() - 1, *cell_start.last().unwrap_or(&0) as u64);
+    let before =
+        move |rank: usize| move |start: &u32| (*start as u64) * (world as u64) < tokens * rank as u64;
+    let inner: Vec<usize> =
+        (0..world).map(|rank| cell_start[..cells].partition_point(before(rank))).collect();
+    inner.into_iter().chain([cells])
+}
+
 /// A [`Packer`] on a thread of its own, a bounded number of batches ahead.
 ///
 /// Dropping it stops the thread and waits for it. An error of the packer comes out of [`Loader::next_batch`] in its place.
@@ -417,6 +464,39 @@ impl Drop for Loader {
         self.filled = None;
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_are_whole_cells_in_order_and_near_equal_in_tokens() {
+        let starts = |lens: &[u32]| -> Vec<u32> {
+            std::iter::once(0)
+                .chain(lens.iter().scan(0, |end, len| {
+                    Some({
+                        *end += len;
+                        *end
+                    })
+                }))
+                .collect()
+        };
+        for lens in [&[7, 1, 1, 9, 4, 2, 2, 6][..], &[5], &[], &[3, 3], &[100, 1, 1, 1]] {
+            let start = starts(lens);
+            for world in 1..6 {
+                let shares: Vec<usize> = shares(&start, world).collect();
+                assert!(shares.len() == world + 1 && shares[0] == 0 && shares[world] == lens.len());
+                assert!(shares.is_sorted());
+                let (total, longest) =
+                    (lens.iter().sum::<u32>() as f64, lens.iter().max().copied().unwrap_or(0));
+                for own in shares.windows(2) {
+                    let tokens = (start[own[1]] - start[own[0]]) as f64;
+                    assert!(tokens <= total / world as f64 + longest as f64);
+                }
+            }
         }
     }
 }

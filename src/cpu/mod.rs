@@ -26,6 +26,7 @@ mod structure;
 
 pub use buffer::Buf;
 
+use crate::collective::Collective;
 use crate::device::{Device, Element, Queue};
 use crate::error::Result;
 use std::ops::Range;
@@ -81,6 +82,14 @@ impl Device for Cpu {
     fn copy<T: Element>(&self, from: &Buf<T>, to: &mut Buf<T>, len: usize) -> Result<()> {
         to[..len].copy_from_slice(&from[..len]);
         Ok(())
+    }
+
+    fn all_reduce(&self, ranks: &Collective, buf: &mut Buf<f32>, len: usize) -> Result<()> {
+        ranks.all_reduce(&mut buf[..len])
+    }
+
+    fn all_gather(&self, ranks: &Collective, buf: &mut Buf<f32>, ranges: &[Range<usize>]) -> Result<()> {
+        ranks.all_gather_ranges(&mut buf[..], ranges)
     }
 
     unsafe fn part<T: Element>(&self, buf: &Buf<T>, range: Range<usize>) -> Buf<T> {

@@ -179,9 +179,10 @@ impl<B: Backend<A>, A: Act> Finetune<B, A> {
 
 impl<B: Backend<A>, A: Act> Task<B, A> for Finetune<B, A> {
     fn gradients(&mut self, trunk: &mut Trunk<B, A>, batch: &Batch, draw: Draw, sums: bool) -> Result<usize> {
-        let class_of: Vec<i32> = batch.cells.iter().map(|cell| self.labels.codes[*cell as usize]).collect();
+        let class = |cell: &u32| self.labels.codes[*cell as usize];
+        let class_of: Vec<i32> = batch.cells.iter().map(class).collect();
         let weight_of = |class: i32| if class < 0 { 0.0 } else { self.class_weight[class as usize] };
-        let sum: f64 = class_of.iter().map(|class| weight_of(*class) as f64).sum();
+        let sum: f64 = batch.whole.cells.iter().map(|cell| weight_of(class(cell)) as f64).sum();
         let mut genes = trunk.take_genes();
         let logical = trunk.logical(batch, &mut genes);
         for cells in &logical.parts {
@@ -233,6 +234,7 @@ impl<B: Backend<A>, A: Act> Task<B, A> for Finetune<B, A> {
             spans: &self.spans,
             len: self.layout.len(),
             learning_rate: self.learning_rate,
+            whole: false,
             name: "classifier",
             act: std::marker::PhantomData,
         })

@@ -21,8 +21,8 @@ pub const MANIFEST: &str = "state.json";
 #[derive(Debug)]
 pub struct RunFolder {
     root: PathBuf,
-    /// Holds the lock.
-    _lock: File,
+    /// Holds the lock; the leading rank's.
+    _lock: Option<File>,
 }
 
 impl RunFolder {
@@ -50,7 +50,12 @@ impl RunFolder {
         let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
         let _ = lock.set_len(0);
         let _ = writeln!(lock, "process {} on {}", std::process::id(), host.trim());
-        Ok(RunFolder { root: root.to_path_buf(), _lock: lock })
+        Ok(RunFolder { root: root.to_path_buf(), _lock: Some(lock) })
+    }
+
+    /// The folder as a rank sees it that leaves the writing to the leading one.
+    pub fn of_leader(root: &Path) -> RunFolder {
+        RunFolder { root: root.to_path_buf(), _lock: None }
     }
 
     /// The folder.

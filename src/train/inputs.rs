@@ -3,6 +3,7 @@
 use super::folder::{RunFolder, checkpoints, sha256_of, verify, write_atomically};
 use super::observer::Observer;
 use crate::backend::Choice;
+use crate::collective::Collective;
 use crate::config::{Settings, Sources, Stage};
 use crate::corpus::splits::{SplitRecord, SplitRule};
 use crate::corpus::{Corpus, Split, SplitSpec};
@@ -14,6 +15,8 @@ use crate::model::config::Vocabulary;
 use crate::model::{ModelConfig, Preset};
 use crate::ops::gene_attention::Pattern;
 use serde_json::{Value, json};
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -77,6 +80,8 @@ pub struct RunInputs {
     pub resume_command: Option<String>,
     /// Settings besides the defaults.
     pub sources: Sources,
+    /// The processes that train together, all of them with these very inputs.
+    pub ranks: Collective,
 }
 
 /// Everything open and checked.
@@ -125,7 +130,12 @@ pub fn open(
         (None, Some(name)) => Preset::named(name)?.config(vocab.len(), vocabulary),
         _ => return Err(Error::usage("name either a preset or a checkpoint to start from")),
     };
-    let resume = resume_point(inputs, observer)?;
+    // One rank looks, for all of them: they must not choose differently.
+    let resume = inputs.ranks.lead(|| {
+        let place = resume_point(inputs, observer)?;
+        Ok(place.map(|place| place.into_os_string().into_vec()).unwrap_or_default())
+    })?;
+    let resume = (!resume.is_empty()).then(|| PathBuf::from(OsString::from_vec(resume)));
     let settings = effective(stage, inputs, &config, resume.is_some())?;
     settings.model.apply_to(&mut config, start.is_some())?;
     if let Some(file) = &inputs.globals {
@@ -138,7 +148,16 @@ pub fn open(
 impl Opened {
     /// Takes the run folder: locks it and, for a new run, clears it and writes settings and split. The last thing before
     /// training, so that bad input leaves nothing behind.
-    pub fn claim(&self, out: &Path) -> Result<RunFolder> {
+    pub fn claim(&self, out: &Path, ranks: &Collective) -> Result<RunFolder> {
+        let mut folder = RunFolder::of_leader(out);
+        ranks.lead(|| {
+            folder = self.claim_alone(out)?;
+            Ok(Vec::new())
+        })?;
+        Ok(folder)
+    }
+
+    fn claim_alone(&self, out: &Path) -> Result<RunFolder> {
         let folder = RunFolder::open(out)?;
         if self.resume.is_none() {
             folder.clear()?;

@@ -195,6 +195,10 @@ impl<B: Device> Adapters<B> {
     pub fn grad(&self) -> &B::Buf<f32> {
         &self.grad
     }
+    /// The same, to write.
+    pub fn grad_mut(&mut self) -> &mut B::Buf<f32> {
+        &mut self.grad
+    }
     /// The adapter that element `place` of the flat gradient belongs to.
     pub fn name_of(&self, place: usize) -> Option<&str> {
         let holds = |m: &&Adapter| m.a.contains(&place) || m.b.contains(&place);

@@ -116,7 +116,7 @@ impl<B: Backend<A>, A: Act> Task<B, A> for Pretrain<B, A> {
         let logical = trunk.logical(batch, &mut genes);
         let counts = self.term.counts(trunk, &logical, draw);
         let masked: usize = counts.iter().sum();
-        let scale = 1.0 / masked.max(1) as f32;
+        let scale = 1.0 / trunk.of_all_ranks(masked)?.max(1) as f32;
         for (cells, masked) in logical.parts.iter().zip(counts) {
             trunk.load(&logical, cells, draw.first_row)?;
             self.term.encode(trunk, draw, draw.pass(), masked)?;
@@ -146,8 +146,16 @@ impl<B: Backend<A>, A: Act> Task<B, A> for Pretrain<B, A> {
         let (mut batch, mut genes) = (Batch::default(), Vec::new());
         let mut draw = Draw { seed: self.seed, step: EVALUATION_STEP, first_row: 0 };
         let mut masked = 0;
+        let turns = (0..trunk.ranks.world()).cycle();
         trunk.dev.clear(&mut trunk.scalars)?;
-        while packer.fill(&mut batch)? {
+        for turn in turns {
+            if !packer.fill(&mut batch)? {
+                break;
+            }
+            if turn != trunk.ranks.rank() {
+                draw.first_row += batch.tokens() as u64;
+                continue;
+            }
             let logical = trunk.logical(&batch, &mut genes);
             let counts = self.term.counts(trunk, &logical, draw);
             masked += counts.iter().sum::<usize>();
@@ -158,15 +166,22 @@ impl<B: Backend<A>, A: Act> Task<B, A> for Pretrain<B, A> {
             }
             draw.first_row += batch.tokens() as u64;
         }
-        if masked == 0 {
+        let mut sums = [trunk.dev.download(&trunk.scalars)?[LOSS_SLOT], masked as f64];
+        trunk.ranks.sum(&mut sums)?;
+        let [loss, masked] = sums;
+        if masked == 0.0 {
             return Err(Error::input("the validation cells have no gene to mask").found(format!(
                 "{} cells, mask.probability {}",
                 cells.len(),
                 self.term.settings.probability
             )));
         }
-        let value = trunk.dev.download(&trunk.scalars)?[LOSS_SLOT] / masked as f64;
-        Ok(Evaluation { measure: "val_mlm", value, higher_is_better: false, others: Vec::new() })
+        Ok(Evaluation {
+            measure: "val_mlm",
+            value: loss / masked,
+            higher_is_better: false,
+            others: Vec::new(),
+        })
     }
 
     fn save(&self, _dev: &B, _folder: &Path, _config: &ModelConfig) -> Result<()> {

@@ -4,6 +4,7 @@
 //! FLOPs are counted from Σ len and Σ len² (three times the forward pass); work repeated for gradient caching is not counted.
 
 use super::task::{Evaluation, Loss};
+use crate::collective::Collective;
 use crate::error::Result;
 use crate::model::ModelConfig;
 use crate::model::flops::{self, Work};
@@ -127,7 +128,7 @@ pub struct Meter {
 }
 
 impl Meter {
-    /// Starts the clock.
+    /// Starts the clock, against the FLOP/s of all ranks together.
     pub fn new(peak_flop_per_s: Option<f64>) -> Meter {
         Meter {
             peak_flop_per_s,
@@ -152,6 +153,14 @@ impl Meter {
         self.cells += cells as u64;
         self.tokens += work.tokens;
         self.flop += flops::training(config, config.layers, work);
+    }
+
+    /// Makes the interval's work that of all ranks; before its record.
+    pub fn of_all(&mut self, ranks: &Collective) -> Result<()> {
+        let mut sums = [self.tokens as f64, self.flop];
+        ranks.sum(&mut sums)?;
+        (self.tokens, self.flop) = (sums[0] as u64, sums[1]);
+        Ok(())
     }
 
     /// What happened since the last step (an evaluation, a checkpoint) is no training time.

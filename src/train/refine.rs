@@ -152,25 +152,14 @@ impl<B: Backend<A>, A: Act> Refine<B, A> {
         heads::pool(dev, config, config.pooling, part, acts, self.depth, &mut self.buffers.part_h)
     }
 
-    /// Gradients of the encoded part from dL/dh of its cells; with `sums` its masked-gene loss is added up.
-    fn backward(
-        &mut self,
-        trunk: &mut Trunk<B, A>,
-        dh: DhOf,
-        draw: Draw,
-        mlm_scale: f32,
-        sums: bool,
-    ) -> Result<()> {
+    /// Gradients of the encoded part from dL/dh of its cells in `part_h`; with `sums` its masked-gene loss is added up.
+    fn backward(&mut self, trunk: &mut Trunk<B, A>, draw: Draw, mlm_scale: f32, sums: bool) -> Result<()> {
         if let Some(term) = &mut self.masked {
             term.loss(trunk, mlm_scale, sums)?;
         }
         let Trunk { dev, encoder, params, part, acts, grads, .. } = &mut *trunk;
         let config = &encoder.config;
-        let dh = match dh {
-            DhOf::Batch => &self.buffers.dh,
-            DhOf::Part => &self.buffers.part_h,
-        };
-        heads::pool_backward(dev, config, config.pooling, part, dh, acts)?;
+        heads::pool_backward(dev, config, config.pooling, part, &self.buffers.part_h, acts)?;
         match &mut self.masked {
             Some(term) => {
                 term.backward_onto(trunk, mlm_scale)?;
@@ -183,10 +172,14 @@ impl<B: Backend<A>, A: Act> Refine<B, A> {
         }
     }
 
-    /// The objective on the vectors in `h`; dL/dh is in `dh`, its terms' sums are in the trunk's scalars.
+    /// The objective on the vectors in `h`, to which every rank adds its own; dL/dh is in `dh`, its terms' sums are in the trunk's
+    /// scalars. Each rank reckons the whole batch: prototypes and their gradients are the same everywhere without a message.
     fn step(&mut self, trunk: &mut Trunk<B, A>, batch: &Batch) -> Result<()> {
+        let (width, whole) = (trunk.config().width, &batch.whole);
+        let ranges: Vec<_> = whole.shares.windows(2).map(|w| w[0] * width..w[1] * width).collect();
+        trunk.dev.all_gather(&trunk.ranks, &mut self.buffers.h, &ranges)?;
         let _range = crate::trace::range("loss");
-        let rows: Vec<u32> = batch
+        let rows: Vec<u32> = whole
             .cells
             .iter()
             .map(|cell| self.training.binary_search(cell).map(|row| row as u32))
@@ -212,15 +205,6 @@ impl<B: Backend<A>, A: Act> Refine<B, A> {
     }
 }
 
-/// Which buffer holds dL/dh of the part.
-#[derive(Clone, Copy)]
-enum DhOf {
-    /// The whole batch is the part.
-    Batch,
-    /// `part_h`, whose h is no longer needed.
-    Part,
-}
-
 impl<B: Backend<A>, A: Act> Task<B, A> for Refine<B, A> {
     fn gradients(&mut self, trunk: &mut Trunk<B, A>, batch: &Batch, draw: Draw, sums: bool) -> Result<usize> {
         let mut genes = trunk.take_genes();
@@ -231,27 +215,29 @@ impl<B: Backend<A>, A: Act> Task<B, A> for Refine<B, A> {
             None => vec![0; logical.parts.len()],
         };
         let masked: usize = counts.iter().sum();
-        let mlm_scale = self.objective.config().mlm / masked.max(1) as f32;
+        let mlm_scale = match &self.masked {
+            Some(_) => self.objective.config().mlm / trunk.of_all_ranks(masked)?.max(1) as f32,
+            None => 0.0,
+        };
         let parts: Vec<_> = logical.parts.iter().zip(counts).collect();
-        if let [(cells, masked)] = parts[..] {
-            self.encode(trunk, &logical, cells, draw, masked)?;
+        // Rows of the whole batch.
+        let place = |cells: &Range<usize>| {
+            (batch.whole.first_cell + cells.start) * width..(batch.whole.first_cell + cells.end) * width
+        };
+        for (cells, masked) in &parts {
+            self.encode(trunk, &logical, cells, draw, *masked)?;
             let Buffers { h, part_h, .. } = &mut self.buffers;
-            trunk.dev.copy(part_h, h, cells.len() * width)?;
-            self.step(trunk, batch)?;
-            self.backward(trunk, DhOf::Batch, draw, mlm_scale, sums)?;
-        } else {
-            for (cells, masked) in &parts {
+            trunk.dev.copy_part(part_h, 0..cells.len() * width, h, place(cells).start)?;
+        }
+        self.step(trunk, batch)?;
+        for (cells, masked) in &parts {
+            // The only part is still encoded.
+            if parts.len() > 1 {
                 self.encode(trunk, &logical, cells, draw, *masked)?;
-                let Buffers { h, part_h, .. } = &mut self.buffers;
-                trunk.dev.copy_part(part_h, 0..cells.len() * width, h, cells.start * width)?;
             }
-            self.step(trunk, batch)?;
-            for (cells, masked) in &parts {
-                self.encode(trunk, &logical, cells, draw, *masked)?;
-                let Buffers { dh, part_h, .. } = &mut self.buffers;
-                trunk.dev.copy_part(dh, cells.start * width..cells.end * width, part_h, 0)?;
-                self.backward(trunk, DhOf::Part, draw, mlm_scale, sums)?;
-            }
+            let Buffers { dh, part_h, .. } = &mut self.buffers;
+            trunk.dev.copy_part(dh, place(cells), part_h, 0)?;
+            self.backward(trunk, draw, mlm_scale, sums)?;
         }
         trunk.recycle(genes);
         Ok(masked)
@@ -284,6 +270,7 @@ impl<B: Backend<A>, A: Act> Task<B, A> for Refine<B, A> {
             len: self.spans[0].range.end,
             spans: &self.spans,
             learning_rate: self.learning_rate,
+            whole: true,
             name: "prototypes",
             act: std::marker::PhantomData,
         })

@@ -12,7 +12,7 @@ mod settle;
 use super::folder::{RunFolder, verify};
 use super::lora_file;
 use super::observer::{Flow, Observer};
-use super::optimizer::{Group, squared_norm, update};
+use super::optimizer::{Group, LOSS_SLOT, squared_norm, update};
 use super::record::{Meter, Writers};
 use super::schedule::Schedule;
 use super::state::{Best, LoopState, read_moments, write_moments};
@@ -29,6 +29,8 @@ use crate::ops::Backend;
 use crate::trace;
 use serde_json::Value;
 use settle::Unsettled;
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -72,7 +74,7 @@ pub fn total_steps(settings: &Settings, epoch_len: usize) -> u64 {
 /// # Errors
 /// Interrupted (exit 5) after a checkpoint; numerical (exit 6); what files and backends report.
 pub fn run<B: Backend<A>, A: Act>(
-    session: Session<'_>,
+    mut session: Session<'_>,
     trunk: &mut Trunk<B, A>,
     task: &mut dyn Task<B, A>,
     mut sampler: Sampler,
@@ -83,7 +85,7 @@ pub fn run<B: Backend<A>, A: Act>(
             .next("look at --split, --labels-per-class and --exclude-label"));
     }
     let state = match session.resume.clone() {
-        Some(place) => restore(&session, &place, trunk, task, &mut sampler)?,
+        Some(place) => restore(&mut session, &place, trunk, task, &mut sampler)?,
         None => LoopState {
             step: 0,
             steps: total_steps(&settings, sampler.epoch_len()),
@@ -95,12 +97,17 @@ pub fn run<B: Backend<A>, A: Act>(
             seconds: 0.0,
         },
     };
+    let ranks = trunk.ranks.clone();
     let packer = Packer::sampled(trunk.corpus.clone(), sampler, trunk.options.clone())?;
+    let packer = packer.for_rank(ranks.rank(), ranks.world());
     let loader = Loader::spawn(packer, settings.batch.ahead)?;
     session.observer.begin(session.stage, state.step, state.steps);
-    let writers = Writers::open(session.folder.path(), state.step, state.steps)?;
+    let writers = match ranks.leads() {
+        true => Some(Writers::open(session.folder.path(), state.step, state.steps)?),
+        false => None,
+    };
     let schedule = Schedule::of(&settings.optimizer, state.steps);
-    let meter = Meter::new(session.peak_flop_per_s);
+    let meter = Meter::new(session.peak_flop_per_s.map(|peak| peak * ranks.world() as f64));
     let mut run = Run {
         session,
         settings,
@@ -144,7 +151,8 @@ struct Run<'a, 'b, B: Backend<A>, A: Act> {
     state: LoopState,
     loader: Loader,
     schedule: Schedule,
-    writers: Writers,
+    /// Of the leading rank.
+    writers: Option<Writers>,
     meter: Meter,
     outcome: Outcome,
     unsettled: Option<Unsettled>,
@@ -156,6 +164,7 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
         let started = Instant::now();
         let batches = self.next_batches()?;
         let step = self.state.step + 1;
+        self.trunk.ranks.at_step(step);
         let train = &self.settings.train;
         let last = step == self.state.steps;
         let epoch_ends = self.loader.state().is_some_and(|s| s.epoch > self.state.sampler.epoch);
@@ -169,10 +178,11 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
             self.trunk.dev.write(self.trunk.grads.flat_mut(), &[f32::NAN])?;
         }
         let learning_rate = self.settings.optimizer.learning_rate * self.schedule.factor(step - 1);
+        self.sum_over_ranks()?;
         let scalars = self.norm()?;
         self.settle(None)?;
         self.update(step)?;
-        let cells = batches.iter().flat_map(|b| &b.cells).copied().collect();
+        let cells = batches.iter().flat_map(|b| &b.whole.cells).copied().collect();
         self.unsettled = Some(Unsettled { step, scalars, cells });
         let loss = self.loss(losses)?;
         let norm = match logs {
@@ -181,7 +191,7 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
         };
         self.state.step = step;
         self.state.sampler = self.loader.state().unwrap_or_else(|| self.state.sampler.clone());
-        let cells = batches.iter().map(Batch::len).sum();
+        let cells = batches.iter().map(|b| b.whole.cells.len()).sum();
         batches.into_iter().for_each(|batch| self.loader.recycle(batch));
         self.state.seconds += started.elapsed().as_secs_f64();
         self.meter.add(cells, work, self.trunk.config());
@@ -193,6 +203,9 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
             true => Some(self.evaluate(step)?),
             false => None,
         };
+        if loss.is_some() {
+            self.meter.of_all(&self.trunk.ranks)?;
+        }
         let record = loss.zip(norm).map(|(loss, norm)| {
             let epoch = self.state.sampler.epoch as f64;
             self.meter.record(
@@ -207,12 +220,14 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
         });
         if let Some(record) = &record {
             self.outcome.loss = record.loss.clone();
-            if let Err(e) = self.writers.write(record) {
+            if let Some(Err(e)) = self.writers.as_mut().map(|writers| writers.write(record)) {
                 // A full disk under the log is no reason to lose the training.
                 self.session.observer.note(&format!("the run record could not be written: {e}"));
             }
         }
-        let stops = self.session.observer.step(step, record.as_ref()) == Flow::Stop && !last;
+        let stops = self.session.observer.step(step, record.as_ref()) == Flow::Stop;
+        // A signal to one rank stops all of them after the same step.
+        let stops = self.trunk.of_all_ranks(usize::from(stops))? > 0 && !last;
         let improved = self.improved(step, evaluation);
         let due = train_due(self.settings.train.checkpoint_every, step);
         if due || last || stops || improved {
@@ -238,20 +253,22 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
         if let Some(own) = self.task.own() {
             trunk.dev.clear(own.grad)?;
         }
-        let mut draw = Draw { seed: self.settings.seed, step: self.state.step as u32, first_row: 0 };
+        let (seed, step) = (self.settings.seed, self.state.step as u32);
+        let mut before = 0;
         let (mut losses, mut total) = (Vec::new(), Work::default());
         for batch in batches {
             trunk.dev.clear(&mut trunk.scalars)?;
+            let draw = Draw { seed, step, first_row: before + batch.whole.first_token as u64 };
             let masked = self.task.gradients(trunk, batch, draw, logs)?;
             if logs {
                 let scalars = trunk.dev.read_later(&trunk.scalars)?;
-                losses.push(Unread { scalars, cells: batch.len(), masked });
+                losses.push(Unread { scalars, cells: batch.whole.cells.len(), masked });
             }
             let work = work(trunk.config(), batch, masked);
             total.tokens += work.tokens;
             total.pairs += work.pairs;
             total.masked += work.masked;
-            draw.first_row += batch.tokens() as u64;
+            before += batch.whole.tokens as u64;
         }
         Ok((losses, total))
     }
@@ -262,21 +279,45 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
         let batches = losses.len();
         let mut mean = Loss::default();
         for Unread { scalars, cells, masked } in losses {
-            mean.add(&self.task.loss(&scalars()?, cells, masked));
+            let mut scalars = scalars()?;
+            let mut shares = [scalars[LOSS_SLOT], masked as f64];
+            self.trunk.ranks.sum(&mut shares)?;
+            scalars[LOSS_SLOT] = shares[0];
+            mean.add(&self.task.loss(&scalars, cells, shares[1] as usize));
         }
         mean.divide(batches);
         Ok((batches > 0).then_some(mean))
+    }
+
+    /// Sums the gradients over the ranks: those of the adapters where they learn instead of the weights.
+    fn sum_over_ranks(&mut self) -> Result<()> {
+        let trunk = &mut *self.trunk;
+        let (dev, ranks) = (&trunk.dev, &trunk.ranks);
+        if let Some(adapters) = &mut trunk.adapters {
+            adapters.gradients(dev, trunk.grads.flat())?;
+        }
+        if ranks.is_single() {
+            return Ok(());
+        }
+        match &mut trunk.adapters {
+            Some(adapters) => {
+                let len = adapters.layout().len();
+                dev.all_reduce(ranks, adapters.grad_mut(), len)?;
+            }
+            None => dev.all_reduce(ranks, trunk.grads.flat_mut(), trunk.params.layout().len())?,
+        }
+        match self.task.own() {
+            Some(own) if !own.whole => dev.all_reduce(ranks, own.grad, own.len),
+            _ => Ok(()),
+        }
     }
 
     /// The global gradient norm, left on the device, and on its way to the host.
     fn norm(&mut self) -> Result<Later<f64>> {
         let _range = trace::range("optimizer");
         let trunk = &mut *self.trunk;
-        let mut gradients = match &mut trunk.adapters {
-            Some(adapters) => {
-                adapters.gradients(&trunk.dev, trunk.grads.flat())?;
-                vec![(adapters.grad(), adapters.layout().len())]
-            }
+        let mut gradients = match &trunk.adapters {
+            Some(adapters) => vec![(adapters.grad(), adapters.layout().len())],
             None => vec![(trunk.grads.flat(), trunk.params.layout().len())],
         };
         let own = self.task.own();
@@ -351,11 +392,42 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
         true
     }
 
+    /// A checkpoint by the leading rank, of which all hear whether it is on the disk.
     fn publish(&mut self, step: u64, best: bool) -> Result<()> {
         self.settle(None)?;
         let _range = trace::range("checkpoint");
+        self.same_weights()?;
+        let ranks = self.trunk.ranks.clone();
+        let place = ranks.lead(|| Ok(self.write_checkpoint(step, best)?.into_os_string().into_vec()))?;
+        self.outcome.published = Some(OsString::from_vec(place).into());
+        self.meter.pause();
+        Ok(())
+    }
+
+    /// Every rank must hold the same weights, to the bit: what a checkpoint says is true of all of them.
+    fn same_weights(&mut self) -> Result<()> {
+        let ranks = &self.trunk.ranks;
+        if ranks.is_single() {
+            return Ok(());
+        }
+        let mut sum = crc32c::crc32c(bytemuck::cast_slice(
+            &self.trunk.dev.download(self.trunk.params.master().flat())?,
+        ));
+        if let Some(own) = self.task.own() {
+            sum = crc32c::crc32c_append(sum, bytemuck::cast_slice(&self.trunk.dev.download(own.weight)?));
+        }
+        let sums = ranks.messages(&sum.to_le_bytes())?;
+        let Some(other) = sums.iter().position(|theirs| *theirs != sums[0]) else { return Ok(()) };
+        Err(Error::environment("the ranks hold different weights")
+            .at(format!("step {}, ranks 0 and {other}", self.state.step))
+            .found("CRCs of the weights that differ")
+            .wanted("the same bits on every rank: one build, one kind of processor or GPU")
+            .next("continue from the last checkpoint with --resume, on machines of one kind"))
+    }
+
+    fn write_checkpoint(&mut self, step: u64, best: bool) -> Result<PathBuf> {
         let (session, trunk, task) = (&self.session, &mut *self.trunk, &mut *self.task);
-        let record = self.state.manifest(&session.identity);
+        let record = self.state.manifest(&session.identity, trunk.ranks.world());
         let place = session.folder.publish(step, record, |folder| {
             let (config, layout) = (&trunk.encoder.config, trunk.params.layout());
             let vocabulary = session.vocabulary.as_deref();
@@ -371,9 +443,7 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
             session.folder.point(Pointer::Best, step)?;
         }
         session.folder.prune(self.settings.train.keep, self.state.best.as_ref().map(|b| b.step))?;
-        self.outcome.published = Some(place);
-        self.meter.pause();
-        Ok(())
+        Ok(place)
     }
 
     fn interrupted(&mut self, step: u64) -> Error {
@@ -430,13 +500,21 @@ fn save_moments<B: Backend<A>, A: Act>(
 /// Loads moments, the stage's own weights and the loop's state from the checkpoint at `place`; the trunk's weights were
 /// loaded from there when it was made.
 fn restore<B: Backend<A>, A: Act>(
-    session: &Session<'_>,
+    session: &mut Session<'_>,
     place: &Path,
     trunk: &mut Trunk<B, A>,
     task: &mut dyn Task<B, A>,
     sampler: &mut Sampler,
 ) -> Result<LoopState> {
-    let state = LoopState::read(&verify(place)?, &session.identity, place)?;
+    let manifest = verify(place)?;
+    let state = LoopState::read(&manifest, &session.identity, place)?;
+    let (before, now) = (manifest["world_size"].as_u64().unwrap_or(1), trunk.ranks.world() as u64);
+    if before != now {
+        session.observer.note(&format!(
+            "started by {before} ranks, continued by {now}: the same cells, masks and dropout in every step; sums over ranks are \
+             rounded elsewhere, so the last bits differ from those of {before} ranks"
+        ));
+    }
     task.restore(&trunk.dev, place)?;
     if let Some(adapters) = &mut trunk.adapters {
         adapters.restore(&trunk.dev, place)?;

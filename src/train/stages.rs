@@ -12,6 +12,7 @@ use super::summary::RunSummary;
 use super::task::Task;
 use super::trunk::Trunk;
 use crate::bench::peak::Ceiling;
+use crate::collective::Collective;
 use crate::config::{HeadStart, Stage};
 use crate::corpus::splits::SplitRule;
 use crate::corpus::{Sampler, Sampling};
@@ -32,14 +33,16 @@ use serde_json::json;
 /// # Errors
 /// Usage (2), input (3), environment (4), interrupted after a checkpoint (5), numerical (6).
 pub fn pretrain(inputs: &RunInputs, observer: &mut dyn Observer) -> Result<RunSummary> {
-    let opened = open(Stage::Pretrain, inputs, SplitRule::All, observer)?;
-    if opened.settings.lora.rank > 0 {
-        return Err(Error::usage("adapters are for refine and finetune")
-            .found(format!("lora.rank = {}", opened.settings.lora.rank))
-            .next("leave lora.rank out"));
-    }
-    let precision = opened.settings.train.precision;
-    on_backend!(inputs.device, precision, |dev: B, A| pretrain_on::<B, A>(dev, opened, inputs, observer))
+    inputs.ranks.guard(|| {
+        let opened = open(Stage::Pretrain, inputs, SplitRule::All, observer)?;
+        if opened.settings.lora.rank > 0 {
+            return Err(Error::usage("adapters are for refine and finetune")
+                .found(format!("lora.rank = {}", opened.settings.lora.rank))
+                .next("leave lora.rank out"));
+        }
+        let precision = opened.settings.train.precision;
+        on_backend!(inputs.device, precision, |dev: B, A| pretrain_on::<B, A>(dev, opened, inputs, observer))
+    })
 }
 
 fn pretrain_on<B: Backend<A> + Ceiling, A: Act>(
@@ -51,9 +54,9 @@ fn pretrain_on<B: Backend<A> + Ceiling, A: Act>(
     let identity = opened.identity(Stage::Pretrain, json!({}))?;
     let settings = &opened.settings;
     let sampler = Sampler::over(&opened.split.training(), settings.batch.sampling, settings.seed)?;
-    let mut trunk = trunk::<B, A>(dev, &opened, |_| true)?;
+    let mut trunk = trunk::<B, A>(dev, &opened, &inputs.ranks, |_| true)?;
     let mut task = Pretrain::new(&trunk, &settings.mask, settings.seed)?;
-    let folder = opened.claim(&inputs.out)?;
+    let folder = opened.claim(&inputs.out, &inputs.ranks)?;
     finish(Stage::Pretrain, opened, folder, inputs, identity, &mut trunk, &mut task, sampler, observer)
 }
 
@@ -62,13 +65,15 @@ fn pretrain_on<B: Backend<A> + Ceiling, A: Act>(
 /// # Errors
 /// As [`pretrain`].
 pub fn finetune(inputs: &RunInputs, observer: &mut dyn Observer) -> Result<RunSummary> {
-    if inputs.split.label.is_none() {
-        return Err(Error::usage("finetune needs a label column").next("--label COLUMN"));
-    }
-    let rule = SplitRule::parse_fractions(DEFAULT_SPLIT)?;
-    let opened = open(Stage::Finetune, inputs, rule, observer)?;
-    let precision = opened.settings.train.precision;
-    on_backend!(inputs.device, precision, |dev: B, A| finetune_on::<B, A>(dev, opened, inputs, observer))
+    inputs.ranks.guard(|| {
+        if inputs.split.label.is_none() {
+            return Err(Error::usage("finetune needs a label column").next("--label COLUMN"));
+        }
+        let rule = SplitRule::parse_fractions(DEFAULT_SPLIT)?;
+        let opened = open(Stage::Finetune, inputs, rule, observer)?;
+        let precision = opened.settings.train.precision;
+        on_backend!(inputs.device, precision, |dev: B, A| finetune_on::<B, A>(dev, opened, inputs, observer))
+    })
 }
 
 /// The division of a labelled stage that is told nothing.
@@ -97,7 +102,7 @@ fn finetune_on<B: Backend<A> + Ceiling, A: Act>(
             .wanted(format!("at most {}", opened.config.layers)));
     }
     let depth = opened.config.depth(opened.config.layer)?;
-    let mut trunk = trunk::<B, A>(dev, &opened, |p| learns_below(p, depth, frozen))?;
+    let mut trunk = trunk::<B, A>(dev, &opened, &inputs.ranks, |p| learns_below(p, depth, frozen))?;
     let (learning_rate, seed) = (settings.optimizer.head_learning_rate, settings.seed);
     let mut task = Finetune::new(&trunk, &settings.finetune, labels, &counts, learning_rate, seed)?;
     if let (HeadStart::Prototypes, Some(folder)) = (settings.finetune.head, &opened.start)
@@ -109,7 +114,7 @@ fn finetune_on<B: Backend<A> + Ceiling, A: Act>(
                 .note(&format!("the classifier starts at the checkpoint's prototypes for {classes} classes"));
         }
     }
-    let folder = opened.claim(&inputs.out)?;
+    let folder = opened.claim(&inputs.out, &inputs.ranks)?;
     finish(Stage::Finetune, opened, folder, inputs, identity, &mut trunk, &mut task, sampler, observer)
 }
 
@@ -118,15 +123,17 @@ fn finetune_on<B: Backend<A> + Ceiling, A: Act>(
 /// # Errors
 /// As [`pretrain`].
 pub fn refine(inputs: &RunInputs, markers: &MarkerInputs, observer: &mut dyn Observer) -> Result<RunSummary> {
-    let rule = match &inputs.split.label {
-        Some(_) => SplitRule::parse_fractions(DEFAULT_SPLIT)?,
-        None => SplitRule::All,
-    };
-    let opened = open(Stage::Refine, inputs, rule, observer)?;
-    let precision = opened.settings.train.precision;
-    on_backend!(inputs.device, precision, |dev: B, A| refine_on::<B, A>(
-        dev, opened, inputs, markers, observer
-    ))
+    inputs.ranks.guard(|| {
+        let rule = match &inputs.split.label {
+            Some(_) => SplitRule::parse_fractions(DEFAULT_SPLIT)?,
+            None => SplitRule::All,
+        };
+        let opened = open(Stage::Refine, inputs, rule, observer)?;
+        let precision = opened.settings.train.precision;
+        on_backend!(inputs.device, precision, |dev: B, A| refine_on::<B, A>(
+            dev, opened, inputs, markers, observer
+        ))
+    })
 }
 
 fn refine_on<B: Backend<A> + Ceiling, A: Act>(
@@ -155,23 +162,27 @@ fn refine_on<B: Backend<A> + Ceiling, A: Act>(
     }
     let depth = opened.config.depth(opened.config.layer)?;
     let mlm = settings.objective.mlm > 0.0;
-    let mut trunk = trunk::<B, A>(dev, &opened, |p| learns_below(p, depth, 0) || (mlm && is_head(p)))?;
+    let mut trunk =
+        trunk::<B, A>(dev, &opened, &inputs.ranks, |p| learns_below(p, depth, 0) || (mlm && is_head(p)))?;
     let Started { parts, first } =
         start(&mut trunk, &opened, inputs, &markers, &training, labelled, observer)?;
     let mut task = Refine::new(&trunk, parts, &settings.mask)?;
-    let folder = opened.claim(&inputs.out)?;
-    if let Some(first) = first {
-        first.write(&inputs.out)?;
-    }
-    if opened.resume.is_none() {
-        markers.write_gmt(&inputs.out.join("markers.gmt"), &opened.vocab, |_| {
-            "as used by this run".to_string()
-        })?;
-    }
+    let folder = opened.claim(&inputs.out, &inputs.ranks)?;
+    let start = inputs.ranks.lead(|| {
+        if let Some(first) = &first {
+            first.write(&inputs.out)?;
+        }
+        if opened.resume.is_none() {
+            markers.write_gmt(&inputs.out.join("markers.gmt"), &opened.vocab, |_| {
+                "as used by this run".to_string()
+            })?;
+        }
+        Ok(super::refine_start::digest(&inputs.out)?.into_bytes())
+    })?;
     let identity = opened.identity(
         Stage::Refine,
         json!({"label": inputs.split.label, "types": markers.names, "markers": digest_of(&markers),
-            "start": super::refine_start::digest(&inputs.out)?}),
+            "start": String::from_utf8_lossy(&start)}),
     )?;
     finish(Stage::Refine, opened, folder, inputs, identity, &mut trunk, &mut task, sampler, observer)
 }
@@ -209,6 +220,7 @@ fn is_head(parameter: &Parameter) -> bool {
 fn trunk<B: Backend<A>, A: Act>(
     dev: &B,
     opened: &Opened,
+    ranks: &Collective,
     learns: impl Fn(&Parameter) -> bool,
 ) -> Result<Trunk<B, A>> {
     let (config, settings) = (&opened.config, &opened.settings);
@@ -217,6 +229,7 @@ fn trunk<B: Backend<A>, A: Act>(
         None => Parameters::random(dev, config, settings.seed)?,
     };
     let mut trunk = Trunk::new(dev, config, params, opened.corpus.clone(), settings, learns)?;
+    trunk.ranks = ranks.clone();
     if let Some(adapters) = &mut trunk.adapters {
         adapters.start(dev, &trunk.params, settings.seed)?;
     }
@@ -235,7 +248,7 @@ fn finish<B: Backend<A> + Ceiling, A: Act>(
     sampler: Sampler,
     observer: &mut dyn Observer,
 ) -> Result<RunSummary> {
-    if opened.resume.is_none() {
+    if opened.resume.is_none() && inputs.ranks.leads() {
         opened.write_run_record(stage, inputs, &identity)?;
     }
     let validation = opened.validation();

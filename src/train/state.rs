@@ -50,9 +50,9 @@ pub struct Best {
 }
 
 impl LoopState {
-    /// The manifest of a checkpoint, its file list apart.
-    pub fn manifest(&self, identity: &Value) -> Value {
-        serde_json::json!({"format": FORMAT, "world_size": 1, "identity": identity, "loop": self})
+    /// The manifest of a checkpoint by `world` ranks, its file list apart.
+    pub fn manifest(&self, identity: &Value, world: usize) -> Value {
+        serde_json::json!({"format": FORMAT, "world_size": world, "identity": identity, "loop": self})
     }
 
     /// Reads a manifest and meets it with the inputs of this run.

@@ -52,6 +52,8 @@ pub struct Own<'a, B: Backend<A>, A: Act> {
     pub len: usize,
     /// Peak learning rate.
     pub learning_rate: f64,
+    /// Is the gradient that of the whole batch on every rank already, or a share to be summed?
+    pub whole: bool,
     /// What a report of a bad gradient calls them.
     pub name: &'static str,
     /// Moves with the trunk's activation type.
@@ -80,11 +82,14 @@ impl Evaluation {
 
 /// A stage.
 pub trait Task<B: Backend<A>, A: Act> {
-    /// Adds the gradients of one logical batch to the trunk's and to its own; returns its number of masked tokens. With `sums`
-    /// the trunk's scalars, which are 0 before, hold what [`Task::loss`] needs; nothing is read back here.
+    /// Adds the gradients of this rank's share of one logical batch to the trunk's and to its own; returns the share's number of
+    /// masked tokens. With `sums` the trunk's scalars, which are 0 before, hold what [`Task::loss`] needs: [`LOSS_SLOT`] of the
+    /// share, the others of the whole batch. Nothing is read back here.
+    ///
+    /// [`LOSS_SLOT`]: super::optimizer::LOSS_SLOT
     fn gradients(&mut self, trunk: &mut Trunk<B, A>, batch: &Batch, draw: Draw, sums: bool) -> Result<usize>;
 
-    /// The loss of a logical batch of `cells` cells and `masked` masked tokens, from the trunk's scalars.
+    /// The loss of a logical batch of `cells` cells and `masked` masked tokens, all ranks' together, from the trunk's scalars.
     fn loss(&self, scalars: &[f64], cells: usize, masked: usize) -> Loss;
 
     /// The stage's own weights, where it has some.

@@ -6,6 +6,7 @@
 
 use super::lora::{AdapterLayout, Adapters};
 use super::optimizer::{Moments, SLOTS, Span, spans};
+use crate::collective::Collective;
 use crate::config::Settings;
 use crate::corpus::{Batch, BatchOptions, Corpus};
 use crate::device::{Act, StepSizes};
@@ -30,7 +31,7 @@ pub struct Draw {
     pub seed: u64,
     /// Training step.
     pub step: u32,
-    /// Tokens of the step's earlier logical batches.
+    /// Tokens of the step before this rank's share: of earlier logical batches, and of lower ranks.
     pub first_row: u64,
 }
 
@@ -88,6 +89,8 @@ pub struct Trunk<B: Backend<A>, A: Act> {
     pub options: BatchOptions,
     /// The cells.
     pub corpus: Arc<Corpus>,
+    /// The processes that train together; each loads its share of every logical batch.
+    pub ranks: Collective,
     genes: Vec<u32>,
 }
 
@@ -126,6 +129,7 @@ impl<B: Backend<A>, A: Act> Trunk<B, A> {
             params,
             options,
             corpus,
+            ranks: Collective::default(),
             genes: Vec::new(),
         })
     }
@@ -151,6 +155,13 @@ impl<B: Backend<A>, A: Act> Trunk<B, A> {
     /// Largest part.
     pub fn capacity(&self) -> Capacity {
         self.part.capacity()
+    }
+
+    /// Σ over the ranks of a count.
+    pub fn of_all_ranks(&self, count: usize) -> Result<usize> {
+        let mut sum = [count as f64];
+        self.ranks.sum(&mut sum)?;
+        Ok(sum[0] as usize)
     }
 
     /// Cuts `batch` into parts and widens its genes; give the genes back with [`Trunk::recycle`].
@@ -194,16 +205,24 @@ impl<B: Backend<A>, A: Act> Trunk<B, A> {
         self.vectors()?.of_lists(lists, room)
     }
 
-    /// Cell vectors (C, D) of `cells` in their order, without dropout, from `model.layer` and `model.pooling`.
+    /// Cell vectors (C, D) of `cells` in their order, without dropout, from `model.layer` and `model.pooling`. Each rank embeds its
+    /// part of them, and all get all.
     pub fn embed(&mut self, cells: &[u32]) -> Result<Vec<f32>> {
         let Capacity { tokens, cells: most } = self.capacity();
         let options = BatchOptions { cells: most, tokens, ..self.options.clone() };
-        let corpus = self.corpus.clone();
-        let mut all = Vec::with_capacity(cells.len() * self.config().width);
-        self.vectors()?.each(&corpus, cells, &options, |_, rows| {
-            all.extend_from_slice(rows);
+        let (corpus, ranks, width) = (self.corpus.clone(), self.ranks.clone(), self.config().width);
+        let at = |rank: usize| cells.len() * rank / ranks.world();
+        let own = at(ranks.rank())..at(ranks.rank() + 1);
+        let mut all = vec![0.0; cells.len() * width];
+        let mut rest = &mut all[own.start * width..own.end * width];
+        self.vectors()?.each(&corpus, &cells[own], &options, |_, rows| {
+            let (now, later) = std::mem::take(&mut rest).split_at_mut(rows.len());
+            now.copy_from_slice(rows);
+            rest = later;
             Ok(())
         })?;
+        let ranges: Vec<_> = (0..ranks.world()).map(|rank| at(rank) * width..at(rank + 1) * width).collect();
+        ranks.all_gather_ranges(&mut all, &ranges)?;
         Ok(all)
     }
 

@@ -55,16 +55,16 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
         if in_a_row < self.settings.train.max_bad_steps {
             return Ok(());
         }
+        if !self.trunk.ranks.leads() {
+            return Err(stopped(in_a_row, step, &place, self.settings.train.max_bad_steps));
+        }
         let cells: Vec<&str> =
             cells.iter().filter_map(|cell| self.trunk.corpus.cell_id(*cell as usize).ok()).collect();
         let dump = self.session.folder.path().join(format!("bad-step-{step}.json"));
         let report = json!({"step": step, "first_bad": place, "cell_ids": cells});
         write_atomically(&dump, format!("{report:#}\n").as_bytes())?;
-        Err(Error::numerical(format!("{in_a_row} steps in a row with a NaN or an infinity"))
-            .at(format!("step {step}, {place}"))
-            .found(format!("cell ids of the last of them in {}", dump.display()))
-            .wanted(format!("fewer than train.max_bad_steps = {}", self.settings.train.max_bad_steps))
-            .next("lower optimizer.learning_rate, and go on from the last checkpoint with --resume"))
+        Err(stopped(in_a_row, step, &place, self.settings.train.max_bad_steps)
+            .found(format!("cell ids of the last of them in {}", dump.display())))
     }
 
     /// The tensor that holds the first bad element, given the place in each group's flat gradient.
@@ -84,4 +84,11 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
             _ => "every tensor taken together (the sum of squares overflows)".into(),
         }
     }
+}
+
+fn stopped(in_a_row: u64, step: u64, place: &str, most: u64) -> Error {
+    Error::numerical(format!("{in_a_row} steps in a row with a NaN or an infinity"))
+        .at(format!("step {step}, {place}"))
+        .wanted(format!("fewer than train.max_bad_steps = {most}"))
+        .next("lower optimizer.learning_rate, and go on from the last checkpoint with --resume")
 }

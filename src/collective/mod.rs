@@ -1,0 +1,397 @@
+//! Several processes as one: what ranks say to each other, and what they reckon together.
+//!
+//! A [`Transport`] does one thing: all ranks exchange bytes, each pair its own. [`Collective`] makes everything else of it, once for
+//! every transport, so that sums are the same bits whichever carries them:
+//!
+//! ```text
+//! slice r of n floats     0..n cut into `world` runs of whole cache lines
+//! reduce_scatter          rank r receives slice r of all ranks and adds them in rank order, in f64, rounded once
+//! all_gather              each rank sends its slice to all
+//! all_reduce              the two in turn, a bucket at a time: 2 (world-1)/world · n floats sent by each rank, as a ring does
+//! ```
+//! The order of a sum is part of the contract: repeats, transports and thread counts give the same bits, and every rank holds the
+//! same ones.
+//!
+//! | file | what |
+//! |---|---|
+//! | [`threads`] | ranks that are threads of one process: tests, and programs that embed the library |
+//! | [`tcp`], [`wire`] | ranks that are processes anywhere: sockets between every two, deadlines, who died |
+//! | `mpi` | ranks that a launcher of MPI started (feature `mpi`) |
+//! | [`launch`] | which rank this process is: flags, torchrun, Slurm, OpenMPI |
+//!
+//! NCCL moves what lies on GPUs (`cuda/nccl.rs`, feature `nccl`); one of these transports brings its ranks together and carries the rest.
+
+pub mod launch;
+#[cfg(feature = "mpi")]
+pub mod mpi;
+pub mod tcp;
+pub mod threads;
+pub mod wire;
+
+use crate::error::{Error, Kind, Result};
+use rayon::prelude::*;
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+/// What an exchange is for: named in messages about ranks that do not come, and compared, so that ranks which have lost each
+/// other's step say so instead of mixing numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Operation {
+    /// All are there.
+    Meet,
+    /// Waiting for all.
+    Barrier,
+    /// Small messages of any length.
+    Messages,
+    /// A few sums.
+    Sums,
+    /// First half of a sum of floats.
+    ReduceScatter,
+    /// Slices of floats to all.
+    AllGather,
+}
+
+impl Operation {
+    /// All of them, in the order of their numbers.
+    pub const ALL: [Operation; 6] = [
+        Operation::Meet,
+        Operation::Barrier,
+        Operation::Messages,
+        Operation::Sums,
+        Operation::ReduceScatter,
+        Operation::AllGather,
+    ];
+
+    /// Its name in messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Operation::Meet => "meet",
+            Operation::Barrier => "barrier",
+            Operation::Messages => "messages",
+            Operation::Sums => "sums",
+            Operation::ReduceScatter => "reduce_scatter",
+            Operation::AllGather => "all_gather",
+        }
+    }
+}
+
+/// An exchange as messages name it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Call {
+    /// What for.
+    pub operation: Operation,
+    /// Training step, 0 before the first.
+    pub step: u64,
+    /// Exchanges before this one.
+    pub sequence: u64,
+}
+
+impl fmt::Display for Call {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} of step {}", self.operation.name(), self.step)
+    }
+}
+
+/// How bytes get from every rank to every other.
+pub trait Transport: fmt::Debug + Send + Sync {
+    /// This rank.
+    fn rank(&self) -> usize;
+    /// Number of ranks.
+    fn world(&self) -> usize;
+    /// Sends `send[r]` to rank r and fills `receive[r]` from it, for every r but this rank; the lengths of both sides agree.
+    /// Called by one thread at a time.
+    ///
+    /// # Errors
+    /// Environment (4): a rank that ended, stopped with an error, or let the time-out pass: named with host, step and operation.
+    fn exchange(&self, call: Call, send: &[&[u8]], receive: &mut [&mut [u8]]) -> Result<()>;
+    /// Tells the other ranks that this one stops, and why; they fail with it in their next exchange. Never blocks for long.
+    fn abort(&self, reason: &Error);
+}
+
+/// All ranks of a run. The default is one process alone, for which every operation is free.
+#[derive(Clone, Default)]
+pub struct Collective {
+    shared: Option<Arc<Shared>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    transport: Box<dyn Transport>,
+    step: AtomicU64,
+    sequence: AtomicU64,
+}
+
+impl fmt::Debug for Collective {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "rank {} of {}", self.rank(), self.world())
+    }
+}
+
+/// Floats that one exchange of a sum moves at most: bounds its buffers.
+const BUCKET: usize = 4 << 20;
+/// Slices start at multiples of so many floats: a cache line.
+const ALIGN: usize = 16;
+
+impl Collective {
+    /// Over `transport`.
+    pub fn over(transport: impl Transport + 'static) -> Collective {
+        Collective {
+            shared: Some(Arc::new(Shared {
+                transport: Box::new(transport),
+                step: AtomicU64::new(0),
+                sequence: AtomicU64::new(0),
+            })),
+        }
+    }
+
+    /// This rank, from 0.
+    pub fn rank(&self) -> usize {
+        self.shared.as_ref().map_or(0, |s| s.transport.rank())
+    }
+    /// Number of ranks.
+    pub fn world(&self) -> usize {
+        self.shared.as_ref().map_or(1, |s| s.transport.world())
+    }
+    /// Is there no other rank?
+    pub fn is_single(&self) -> bool {
+        self.world() == 1
+    }
+    /// Is this the rank that writes files and speaks?
+    pub fn leads(&self) -> bool {
+        self.rank() == 0
+    }
+    /// Names the training step in messages from here on.
+    pub fn at_step(&self, step: u64) {
+        if let Some(s) = &self.shared {
+            s.step.store(step, Relaxed);
+        }
+    }
+
+    /// Stops the other ranks: they fail with `reason` in their next exchange.
+    pub fn abort(&self, reason: &Error) {
+        if let Some(s) = self.shared.as_ref().filter(|s| s.transport.world() > 1) {
+            s.transport.abort(reason);
+        }
+    }
+
+    /// Runs `body`; where it fails on this rank, the others are told.
+    pub fn guard<T>(&self, body: impl FnOnce() -> Result<T>) -> Result<T> {
+        let outcome = body();
+        if let Err(e) = &outcome
+            && e.kind() != Kind::Interrupted
+        {
+            self.abort(e);
+        }
+        outcome
+    }
+
+    fn exchange(&self, operation: Operation, send: &[&[u8]], receive: &mut [&mut [u8]]) -> Result<()> {
+        let Some(s) = self.shared.as_ref().filter(|s| s.transport.world() > 1) else { return Ok(()) };
+        let _range = crate::trace::range("ranks");
+        let sequence = s.sequence.fetch_add(1, Relaxed);
+        s.transport.exchange(Call { operation, step: s.step.load(Relaxed), sequence }, send, receive)
+    }
+
+    /// Waits until all ranks are here.
+    pub fn barrier(&self) -> Result<()> {
+        self.messages_for(Operation::Barrier, &[]).map(|_| ())
+    }
+
+    /// Every rank's message, by rank.
+    pub fn messages(&self, mine: &[u8]) -> Result<Vec<Vec<u8>>> {
+        self.messages_for(Operation::Messages, mine)
+    }
+
+    fn messages_for(&self, operation: Operation, mine: &[u8]) -> Result<Vec<Vec<u8>>> {
+        let (world, rank) = (self.world(), self.rank());
+        let length = (mine.len() as u64).to_le_bytes();
+        let mut lengths = vec![[0u8; 8]; world];
+        self.exchange(
+            operation,
+            &vec![&length[..]; world],
+            &mut lengths.iter_mut().map(|l| &mut l[..]).collect::<Vec<_>>(),
+        )?;
+        lengths[rank] = length;
+        let mut all: Vec<Vec<u8>> =
+            lengths.iter().map(|l| vec![0; u64::from_le_bytes(*l) as usize]).collect();
+        if all.iter().any(|message| !message.is_empty()) {
+            self.exchange(
+                operation,
+                &vec![mine; world],
+                &mut all.iter_mut().map(|m| &mut m[..]).collect::<Vec<_>>(),
+            )?;
+        }
+        all[rank].copy_from_slice(mine);
+        Ok(all)
+    }
+
+    /// What the leading rank makes, on every rank; its failure is everybody's.
+    pub fn lead(&self, make: impl FnOnce() -> Result<Vec<u8>>) -> Result<Vec<u8>> {
+        if self.is_single() {
+            return make();
+        }
+        let made = if self.leads() { Some(make()) } else { None };
+        let (mut message, mut failure) = (Vec::new(), None);
+        match made {
+            Some(Ok(bytes)) => message = [&[1], &bytes[..]].concat(),
+            Some(Err(e)) => {
+                message = [&[0], e.to_string().as_bytes()].concat();
+                failure = Some(e);
+            }
+            None => {}
+        }
+        let mut all = self.messages(&message)?;
+        if let Some(e) = failure {
+            return Err(e);
+        }
+        let mut first = all.swap_remove(0);
+        if first.first() == Some(&1) {
+            return Ok(first.split_off(1));
+        }
+        Err(Error::environment("the leading rank stopped")
+            .found(String::from_utf8_lossy(&first[1.min(first.len())..])))
+    }
+
+    /// Σ over the ranks of each of a few numbers, in rank order.
+    pub fn sum(&self, values: &mut [f64]) -> Result<()> {
+        if self.is_single() || values.is_empty() {
+            return Ok(());
+        }
+        let world = self.world();
+        let mine = values.to_vec();
+        let mut all = vec![vec![0f64; values.len()]; world];
+        self.exchange(
+            Operation::Sums,
+            &vec![bytemuck::cast_slice(&mine); world],
+            &mut all.iter_mut().map(|v| bytemuck::cast_slice_mut(v)).collect::<Vec<_>>(),
+        )?;
+        all[self.rank()] = mine;
+        for (i, value) in values.iter_mut().enumerate() {
+            *value = all.iter().map(|theirs| theirs[i]).sum();
+        }
+        Ok(())
+    }
+
+    /// The slice of `len` floats that belongs to `rank`.
+    pub fn slice(&self, len: usize, rank: usize) -> Range<usize> {
+        slice(len, rank, self.world())
+    }
+
+    /// Sums `values` over the ranks; each gets its own [slice](Collective::slice), which is returned, the rest is as before.
+    pub fn reduce_scatter(&self, values: &mut [f32]) -> Result<Range<usize>> {
+        let own = self.slice(values.len(), self.rank());
+        if self.is_single() {
+            return Ok(own);
+        }
+        // Buckets of slices, not slices of buckets: a rank's own elements stay together.
+        let longest = (0..self.world()).map(|r| self.slice(values.len(), r).len()).max().unwrap_or(0);
+        let (step, mut parts) = (BUCKET / self.world(), Vec::new());
+        for start in (0..longest).step_by(step.max(1)) {
+            let bucket = |r| {
+                let slice = self.slice(values.len(), r);
+                (slice.start + start).min(slice.end)..(slice.start + start + step).min(slice.end)
+            };
+            let mine = bucket(self.rank());
+            parts.resize_with(self.world(), Vec::new);
+            parts.iter_mut().enumerate().for_each(|(r, part): (usize, &mut Vec<f32>)| {
+                part.clear();
+                part.resize(if r == self.rank() { 0 } else { mine.len() }, 0.0);
+            });
+            let send: Vec<&[u8]> =
+                (0..self.world()).map(|r| bytemuck::cast_slice(&values[bucket(r)])).collect();
+            self.exchange(
+                Operation::ReduceScatter,
+                &send,
+                &mut parts.iter_mut().map(|p| bytemuck::cast_slice_mut(p)).collect::<Vec<_>>(),
+            )?;
+            add_in_order(&mut values[mine], self.rank(), &parts);
+        }
+        Ok(own)
+    }
+
+    /// Each rank's [slice](Collective::slice) of `values` to all.
+    pub fn all_gather<T: bytemuck::Pod>(&self, values: &mut [T]) -> Result<()> {
+        let len = values.len();
+        let slices: Vec<Range<usize>> = (0..self.world()).map(|r| self.slice(len, r)).collect();
+        self.all_gather_ranges(values, &slices)
+    }
+
+    /// Range r of `values` from rank r to all; the ranges follow each other.
+    pub fn all_gather_ranges<T: bytemuck::Pod>(
+        &self,
+        values: &mut [T],
+        ranges: &[Range<usize>],
+    ) -> Result<()> {
+        if self.is_single() {
+            return Ok(());
+        }
+        let mine = values[ranges[self.rank()].clone()].to_vec();
+        let mut receive: Vec<&mut [u8]> = Vec::with_capacity(ranges.len());
+        let (mut rest, mut at) = (&mut values[..], 0);
+        for range in ranges {
+            let (_, after) = rest.split_at_mut(range.start - at);
+            let (part, after) = after.split_at_mut(range.len());
+            receive.push(bytemuck::cast_slice_mut(part));
+            (rest, at) = (after, range.end);
+        }
+        let send = vec![bytemuck::cast_slice(&mine); ranges.len()];
+        self.exchange(Operation::AllGather, &send, &mut receive)
+    }
+
+    /// Σ of `values` over the ranks, on every rank.
+    pub fn all_reduce(&self, values: &mut [f32]) -> Result<()> {
+        self.reduce_scatter(values)?;
+        self.all_gather(values)
+    }
+}
+
+/// Slice `rank` of `len` elements in `world` runs that start at whole cache lines.
+pub fn slice(len: usize, rank: usize, world: usize) -> Range<usize> {
+    let lines = len.div_ceil(ALIGN);
+    let at = |r: usize| (lines * r / world * ALIGN).min(len);
+    at(rank)..at(rank + 1)
+}
+
+/// `own[i] = Σ_r part_r[i]` in rank order, where the part of `rank` is `own` itself.
+fn add_in_order(own: &mut [f32], rank: usize, parts: &[Vec<f32>]) {
+    const CHUNK: usize = 1 << 14;
+    own.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, own)| {
+        let start = chunk * CHUNK;
+        let mut sum = [0f64; CHUNK];
+        let sum = &mut sum[..own.len()];
+        for (r, part) in parts.iter().enumerate() {
+            let part = if r == rank { &*own } else { &part[start..start + own.len()] };
+            sum.iter_mut().zip(part).for_each(|(s, x)| *s += *x as f64);
+        }
+        own.iter_mut().zip(sum).for_each(|(x, s)| *x = *s as f32);
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slices_cover_in_order_and_start_at_cache_lines() {
+        for len in [0, 1, 15, 16, 17, 1000, 4096] {
+            for world in [1, 2, 3, 7, 64] {
+                let all: Vec<_> = (0..world).map(|r| slice(len, r, world)).collect();
+                assert!(all[0].start == 0 && all[world - 1].end == len);
+                assert!(all.windows(2).all(|w| w[0].end == w[1].start));
+                assert!(all.iter().all(|s| s.start == len || s.start % ALIGN == 0));
+            }
+        }
+    }
+
+    #[test]
+    fn one_process_alone_is_every_operation_at_once() {
+        let one = Collective::default();
+        let mut x = [1.0f32, 2.0];
+        one.all_reduce(&mut x).unwrap();
+        assert_eq!((x, one.messages(b"a").unwrap()), ([1.0, 2.0], vec![b"a".to_vec()]));
+        assert!(one.lead(|| Err(Error::input("no"))).is_err() && one.leads());
+    }
+}
