@@ -5,7 +5,7 @@
 
 use crate::cpu::Cpu;
 use crate::cuda::Cuda;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 
 /// What `--device` asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -43,7 +43,7 @@ impl std::str::FromStr for Choice {
             ("cuda", _) => Ok(Choice::Cuda(0)),
             ("emulated", _) => Ok(Choice::Emulated),
             (_, Some(Ok(ordinal))) => Ok(Choice::Cuda(ordinal)),
-            _ => Err(Error::usage("no such device")
+            _ => Err(Error::new(Code::DeviceUnknown, "no such device")
                 .at("--device")
                 .found(name)
                 .wanted("auto, cpu, cuda, cuda:N or emulated")
@@ -72,10 +72,12 @@ impl Choice {
             #[cfg(emulator)]
             Choice::Emulated => Cuda::emulated().map(Open::Cuda),
             #[cfg(not(emulator))]
-            Choice::Emulated => Err(Error::environment("this build has no emulator of CUDA kernels")
-                .found(self)
-                .wanted("Linux on x86-64 or aarch64")
-                .next("--device cpu")),
+            Choice::Emulated => {
+                Err(Error::new(Code::NoEmulator, "this build has no emulator of CUDA kernels")
+                    .found(self)
+                    .wanted("Linux on x86-64 or aarch64")
+                    .next("--device cpu"))
+            }
         }
     }
 }

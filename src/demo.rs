@@ -12,7 +12,7 @@ use crate::config::Sources;
 use crate::corpus::Corpus;
 use crate::corpus::splits::{Split, SplitRule, SplitSpec};
 use crate::cpu::Cpu;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::eval::evaluate::evaluate;
 use crate::eval::frozen::FrozenSettings;
 use crate::eval::metrics::{ShareThresholds, classification, group_f1};
@@ -274,7 +274,7 @@ fn prepare_folder(out: &Path) -> Result<()> {
     if out.exists() && !out.join(MARK).exists() {
         let empty = std::fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_none());
         if !empty {
-            return Err(Error::usage("the demo's folder holds something else")
+            return Err(Error::new(Code::OutputExists, "the demo's folder holds something else")
                 .at(out.display())
                 .next("--out NEW_FOLDER"));
         }

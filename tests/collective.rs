@@ -94,7 +94,7 @@ fn a_rank_that_ends_fails_or_strays_is_named() {
 
         let e = rank_0_meets(sockets, PATIENT, |all| {
             let failed: Result<(), Error> =
-                all.guard(|| Err(Error::input("shard 3 is damaged").at("x.cells")));
+                all.guard(|| Err(Error::new(Code::FileMissing, "shard 3 is damaged").at("x.cells")));
             assert_eq!(failed.unwrap_err().kind(), Kind::Input);
         });
         assert!(e.kind() == Kind::Environment && e.to_string().contains("rank 1 stopped"), "{e}");

@@ -1,7 +1,7 @@
 //! `--compare OLD.json --fail-above 3%`: the same cases of an earlier report, slower or faster.
 
 use super::round4;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -13,7 +13,7 @@ pub fn compare(report: &mut Value, old: &Path, fail_above: Option<f64>) -> Resul
     let text = std::fs::read(old).map_err(|e| Error::io(old, "read the earlier report", &e))?;
     let wanted = "a report printed by cellrefine bench --json";
     let earlier: Value = serde_json::from_slice(&text)
-        .map_err(|e| Error::input("not valid JSON").at(old.display()).found(e).wanted(wanted))?;
+        .map_err(|e| Error::new(Code::NotJson, "not valid JSON").at(old.display()).found(e).wanted(wanted))?;
     let (before, now) = (cases(&earlier), cases(report));
     let mut rows = Vec::new();
     let mut slower = Vec::new();
@@ -26,7 +26,7 @@ pub fn compare(report: &mut Value, old: &Path, fail_above: Option<f64>) -> Resul
         }
     }
     if rows.is_empty() {
-        return Err(Error::input("the earlier report holds none of these cases")
+        return Err(Error::new(Code::BenchReport, "the earlier report holds none of these cases")
             .at(old.display())
             .found(before.iter().map(|(n, _)| n.as_str()).take(4).collect::<Vec<_>>().join("; "))
             .wanted(now.iter().map(|(n, _)| n.as_str()).take(4).collect::<Vec<_>>().join("; ")));
@@ -35,7 +35,7 @@ pub fn compare(report: &mut Value, old: &Path, fail_above: Option<f64>) -> Resul
     if slower.is_empty() {
         return Ok(());
     }
-    Err(Error::environment("slower than the earlier report")
+    Err(Error::new(Code::SlowerThanBefore, "slower than the earlier report")
         .at(old.display())
         .found(slower.join("; "))
         .wanted(format!("at most {:.1} % more time", 100.0 * fail_above.unwrap_or(0.0)))

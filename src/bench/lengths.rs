@@ -5,7 +5,7 @@
 //! mean of 1,442, which σ .6 reaches at a median of 1,204.
 
 use crate::corpus::Corpus;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::model::Preset;
 use crate::rng::{Philox, site};
 use std::path::Path;
@@ -41,7 +41,7 @@ impl LogNormal {
             [median, sigma] if median >= 1.0 && (0.0..=3.0).contains(&sigma) => {
                 Ok(LogNormal { median, sigma })
             }
-            _ => Err(Error::usage("no such mixture")
+            _ => Err(Error::new(Code::BenchCase, "no such mixture")
                 .at("--lengths lognormal:MEDIAN,SIGMA")
                 .found(text)
                 .wanted("such as lognormal:900,0.45")),
@@ -65,7 +65,7 @@ impl LogNormal {
 pub fn of_corpus(path: &Path, tokens: usize, context: usize, seed: u64) -> Result<Vec<usize>> {
     let corpus = Corpus::open(path)?;
     if corpus.cells() == 0 {
-        return Err(Error::input("no cells to draw lengths from").at(path.display()));
+        return Err(Error::new(Code::NoCells, "no cells to draw lengths from").at(path.display()));
     }
     let mut random = Philox::new(seed, 3, site::BENCH);
     Ok(fill(tokens, || corpus.len_of(random.below(corpus.cells() as u64) as usize).clamp(1, context)))
@@ -101,11 +101,16 @@ pub fn read(file: &Path) -> Result<Vec<usize>> {
         .filter(|word| !word.is_empty())
         .map(|word| match word.parse::<usize>() {
             Ok(len) if (1..=65_536).contains(&len) => Ok(len),
-            _ => Err(Error::input("not a length").at(file.display()).found(word).wanted("1 to 65,536")),
+            _ => Err(Error::new(Code::BenchLengths, "not a length")
+                .at(file.display())
+                .found(word)
+                .wanted("1 to 65,536")),
         })
         .collect::<Result<Vec<_>>>()?;
     match lengths.is_empty() {
-        true => Err(Error::input("no lengths").at(file.display()).wanted("a whole number per cell")),
+        true => Err(Error::new(Code::BenchLengths, "no lengths")
+            .at(file.display())
+            .wanted("a whole number per cell")),
         false => Ok(lengths),
     }
 }

@@ -8,7 +8,7 @@ use crate::corpus::{
     Batch, BatchOptions, CellRecord, Corpus, CorpusOptions, CorpusWriter, Genes, Packer, Sampler,
     VocabIdentity,
 };
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::rng::{Philox, site};
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -48,7 +48,7 @@ pub fn run(case: &LoaderCase) -> Result<serde_json::Value> {
         case.corpus.as_deref().or(synthetic.as_ref().map(|s| s.path.as_path())).unwrap_or(Path::new(""));
     let corpus = Arc::new(Corpus::open(path)?);
     if corpus.cells() == 0 {
-        return Err(Error::input("there are no cells to load").at(path.display()));
+        return Err(Error::new(Code::NoCells, "there are no cells to load").at(path.display()));
     }
     let threads = case.threads.max(1);
     let batch = if case.batch == 0 { 64 } else { case.batch };

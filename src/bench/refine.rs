@@ -9,7 +9,7 @@ use crate::backend::{Choice, Open};
 use crate::config::{Precision, Sources};
 use crate::corpus::{CellRecord, CorpusOptions, CorpusWriter, ObsKind, ObsSpec, ObsValue, VocabIdentity};
 use crate::device::{Act, Device};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::genes::Vocab;
 use crate::model::Preset;
 use crate::rng::{Philox, site};
@@ -78,7 +78,7 @@ pub fn run(case: &RefineCase) -> Result<Value> {
         || case.cells < 4 * case.types
         || case.lengths.is_empty()
     {
-        return Err(Error::usage("too few types, cells or genes to refine")
+        return Err(Error::new(Code::BenchCase, "too few types, cells or genes to refine")
             .found(format!("{} types, {} cells, {genes} genes", case.types, case.cells))
             .wanted(format!("2 types or more, four cells of each, {OWN} genes of each and {OWN} besides")));
     }
@@ -134,7 +134,7 @@ fn report(case: &RefineCase, records: &[StepRecord]) -> Result<Value> {
     let records = records.get(1..).filter(|r| !r.is_empty());
     let records = records.ok_or_else(|| Error::bug("refine logged one step at most"))?;
     if records.iter().any(|r| !r.loss.total.is_finite()) {
-        return Err(Error::numerical("the benchmark's loss is not finite"));
+        return Err(Error::new(Code::LossNotFinite, "the benchmark's loss is not finite"));
     }
     // The emulator's speed means nothing.
     let timed = case.device != Choice::Emulated;

@@ -8,7 +8,7 @@ use super::clock::{self, Cache, Clock};
 use super::peak::Ceiling;
 use super::{Effort, round4};
 use crate::device::{Act, Device};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::model::config::Vocabulary;
 use crate::model::flops::{self, Work};
 use crate::model::heads::{MaskedGenes, Masking};
@@ -193,7 +193,7 @@ impl<B: Backend<A>, A: Act> Step<B, A> {
         let output = self.encoder.dev.download(self.acts.hidden(self.encoder.config.layers))?;
         match output.iter().all(|x| x.to_f32().is_finite()) {
             true => Ok(()),
-            false => Err(Error::numerical("the benchmark's output is not finite")),
+            false => Err(Error::new(Code::LossNotFinite, "the benchmark's output is not finite")),
         }
     }
 }
@@ -201,9 +201,8 @@ impl<B: Backend<A>, A: Act> Step<B, A> {
 /// Runs the case and reports it.
 pub fn run<B: Backend<A> + Ceiling + Clock, A: Act>(dev: &B, case: &StepCase) -> Result<Value> {
     if case.lengths.is_empty() || case.lengths.contains(&0) {
-        return Err(
-            Error::usage("no cells, or a cell without tokens, to time").wanted("lengths of at least 1")
-        );
+        return Err(Error::new(Code::BenchCase, "no cells, or a cell without tokens, to time")
+            .wanted("lengths of at least 1"));
     }
     let mut step = Step::<B, A>::prepare(dev, case)?;
     step.run()?;

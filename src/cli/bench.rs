@@ -6,7 +6,7 @@ use crate::backend::Choice;
 use crate::bench::lengths::{self, LogNormal};
 use crate::bench::{Effort, compare, kernels, loader, refine, step, table};
 use crate::config::Precision;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::model::Preset;
 use crate::on_backend;
 use crate::trace::Trace;
@@ -137,18 +137,18 @@ fn share(text: &str) -> std::result::Result<f64, String> {
 pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
     let seed = global.seed.unwrap_or(0);
     if flags.trace.is_set() && flags.what != What::Step {
-        return Err(Error::usage("--trace is for bench step"));
+        return Err(Error::new(Code::FlagConflict, "--trace is for bench step"));
     }
     let mut preset = Preset::named(&flags.preset)?;
     preset.vocab = flags.vocab.unwrap_or(preset.vocab);
     if preset.vocab < 3 {
-        return Err(Error::usage("--vocab is at least 3").found(preset.vocab));
+        return Err(Error::new(Code::FlagValue, "--vocab is at least 3").found(preset.vocab));
     }
     let gpu = matches!(global.device, Choice::Cuda(_));
     let mut json = match flags.what {
         What::Cpu => {
             if !matches!(global.device, Choice::Auto | Choice::Cpu) {
-                return Err(Error::usage("bench cpu times the processor")
+                return Err(Error::new(Code::FlagConflict, "bench cpu times the processor")
                     .found(format!("--device {}", global.device))
                     .next("bench step and bench kernels take any device"));
             }
@@ -230,7 +230,7 @@ pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
     write(&json, flags.out.as_deref())?;
     let wrong = kernels::wrong(&json);
     if !wrong.is_empty() {
-        return Err(Error::numerical("a kernel's result is wrong").found(wrong.join("; ")));
+        return Err(Error::new(Code::KernelWrong, "a kernel's result is wrong").found(wrong.join("; ")));
     }
     if let Some(old) = &flags.compare {
         let compared = compare::compare(&mut json, old, flags.fail_above);
@@ -273,7 +273,9 @@ fn lengths(flags: &Flags, preset: &Preset, gpu: bool, seed: u64) -> Result<Vec<u
     let seq = flags.seq.unwrap_or(context.min(512));
     let batch = flags.batch.unwrap_or(if flags.quick { 1 } else { 8 });
     if seq == 0 || batch == 0 {
-        return Err(Error::usage("--seq and --batch are at least 1").found(format!("{seq}, {batch}")));
+        return Err(
+            Error::new(Code::FlagValue, "--seq and --batch are at least 1").found(format!("{seq}, {batch}"))
+        );
     }
     Ok(vec![seq; batch])
 }

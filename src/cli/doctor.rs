@@ -5,7 +5,7 @@
 use super::{Global, Output};
 use crate::backend::Choice;
 use crate::cuda::{cublas, gpu, kernel_count};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use serde_json::json;
 use std::fmt::Write;
 
@@ -98,7 +98,7 @@ fn next_steps(gpu: Option<&str>) -> Vec<(String, &'static str)> {
 const EMULATOR: bool = cfg!(emulator);
 
 fn no_emulator() -> Error {
-    Error::environment("this build has no emulator")
+    Error::new(Code::NoEmulator, "this build has no emulator")
         .found(format!("{} {}", std::env::consts::ARCH, std::env::consts::OS))
         .wanted("x86_64 or aarch64 Linux")
         .next("--device cpu")
@@ -130,7 +130,7 @@ impl Cuda {
         let gpus = gpu::available()?;
         self.cublas.clone()?;
         if ordinal >= gpus {
-            return Err(Error::environment("no such GPU")
+            return Err(Error::new(Code::NoSuchGpu, "no such GPU")
                 .found(format!("cuda:{ordinal}"))
                 .wanted(format!("cuda:0 to cuda:{}", gpus - 1)));
         }

@@ -6,7 +6,7 @@ use super::{Global, Output};
 use crate::config::Precision;
 use crate::corpus::Corpus;
 use crate::device::Act;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::eval::annotate::Request;
 use crate::eval::embed::{EmbedOptions, Embedder, pool_name};
 use crate::eval::h5ad::H5adCopy;
@@ -123,7 +123,7 @@ fn form(flags: &Flags) -> Result<Form> {
         "parquet" => Form::Parquet,
         "h5ad" => Form::H5ad,
         _ => {
-            return Err(Error::usage("the suffix of --out names no form of embeddings")
+            return Err(Error::new(Code::OutputName, "the suffix of --out names no form of embeddings")
                 .found(out.display())
                 .wanted(".npy, .parquet or .h5ad")
                 .next(format!("--out {}", out.with_extension("npy").display())));
@@ -131,9 +131,10 @@ fn form(flags: &Flags) -> Result<Form> {
     };
     if (form == Form::H5ad) != flags.h5ad.is_some() {
         return Err(match form {
-            Form::H5ad => Error::usage("--out FILE.h5ad is a copy of a file")
+            Form::H5ad => Error::new(Code::FlagConflict, "--out FILE.h5ad is a copy of a file")
                 .wanted("--h5ad SOURCE.h5ad: the file that the corpus was packed from"),
-            _ => Error::usage("--h5ad goes with --out FILE.h5ad").found(format!("--out {}", out.display())),
+            _ => Error::new(Code::FlagConflict, "--h5ad goes with --out FILE.h5ad")
+                .found(format!("--out {}", out.display())),
         });
     }
     Ok(form)

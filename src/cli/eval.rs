@@ -5,7 +5,7 @@ use super::embed::EncoderFlags;
 use super::{Global, Output};
 use crate::corpus::Corpus;
 use crate::device::Act;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::eval::evaluate::evaluate;
 use crate::eval::frozen::FrozenSettings;
 use crate::eval::metrics::ShareThresholds;
@@ -87,12 +87,12 @@ pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
         && shares.contains(&flags.head_share)
         && flags.tail_share <= flags.head_share)
     {
-        return Err(Error::usage("shares of head and tail contradict each other")
+        return Err(Error::new(Code::FlagConflict, "shares of head and tail contradict each other")
             .found(format!("--head-share {} --tail-share {}", flags.head_share, flags.tail_share))
             .wanted("0 ≤ tail ≤ head ≤ 1"));
     }
     if !(flags.probe_c > 0.0 && flags.probe_c.is_finite()) {
-        return Err(Error::usage("--probe-c must be above 0").found(flags.probe_c));
+        return Err(Error::new(Code::FlagValue, "--probe-c must be above 0").found(flags.probe_c));
     }
     let request = Request {
         corpus: Arc::new(Corpus::open(&flags.corpus)?),

@@ -3,7 +3,7 @@
 use super::{Global, Output};
 use crate::corpus::Corpus;
 use crate::corpus::format::MANIFEST;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::export::{dataset, model};
 use serde_json::json;
 use std::path::PathBuf;
@@ -37,12 +37,14 @@ pub struct Flags {
 pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
     if flags.path.join(MANIFEST).is_file() || flags.path.extension().is_some_and(|e| e == "cells") {
         if flags.markers.is_some() {
-            return Err(Error::usage("--markers is for a checkpoint").at(flags.path.display()));
+            return Err(
+                Error::new(Code::FlagConflict, "--markers is for a checkpoint").at(flags.path.display())
+            );
         }
         return corpus(global, flags);
     }
     if flags.max_tokens.is_some() {
-        return Err(Error::usage("--max-tokens is for a corpus").at(flags.path.display()));
+        return Err(Error::new(Code::FlagConflict, "--max-tokens is for a corpus").at(flags.path.display()));
     }
     let exported = model::export(&flags.path, &flags.out, flags.markers.as_deref())?;
     exported.notes.iter().for_each(|n| global.note(n));

@@ -3,7 +3,7 @@
 use super::{Global, Output};
 use crate::corpus::format::MANIFEST;
 use crate::corpus::{Corpus, ObsKind};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::genes::Vocab;
 use crate::genes::markers_file::MarkerFile;
 use crate::model::checkpoint;
@@ -33,13 +33,15 @@ pub struct Flags {
 pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
     let path = &flags.path;
     if !path.exists() {
-        return Err(Error::input("no such file or folder").at(path.display()));
+        return Err(Error::new(Code::FileMissing, "no such file or folder").at(path.display()));
     }
     if path.join(MANIFEST).is_file() || path.extension().is_some_and(|e| e == "cells") {
         return corpus(global, flags);
     }
     if flags.verify || flags.cells > 0 {
-        return Err(Error::usage("--verify and --cells are for a corpus").at(path.display()));
+        return Err(
+            Error::new(Code::FlagConflict, "--verify and --cells are for a corpus").at(path.display())
+        );
     }
     if path.is_dir() {
         return if path.join("metrics.jsonl").is_file() || path.join("settings.toml").is_file() {

@@ -3,7 +3,7 @@
 use super::{Global, Output};
 use crate::corpus::splits::{SplitRecord, SplitRule};
 use crate::corpus::{Corpus, Labels, Split, SplitSpec};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::genes::Vocab;
 use crate::genes::markers::{MarkerSets, read_marker_map};
 use crate::genes::markers_derive::derive;
@@ -131,7 +131,8 @@ fn split(global: &Global, flags: &Derive, corpus: &Corpus) -> Result<Split> {
         if record.spec.label.as_deref() != Some(&flags.label)
             || !flags.exclude_label.is_empty() && flags.exclude_label != record.spec.exclude
         {
-            return Err(Error::input(
+            return Err(Error::new(
+                Code::SplitMismatch,
                 "the run's split was made with another label column or other labels left out",
             )
             .at(run.display())
@@ -147,8 +148,9 @@ fn split(global: &Global, flags: &Derive, corpus: &Corpus) -> Result<Split> {
 fn read_split(run: &Path) -> Result<SplitRecord> {
     let path = if run.is_dir() { run.join("split.json") } else { run.to_path_buf() };
     let text = std::fs::read(&path).map_err(|e| Error::io(&path, "read the run's split", &e))?;
-    serde_json::from_slice(&text)
-        .map_err(|e| Error::input("the split's record cannot be read").at(path.display()).found(e))
+    serde_json::from_slice(&text).map_err(|e| {
+        Error::new(Code::SplitRecord, "the split's record cannot be read").at(path.display()).found(e)
+    })
 }
 
 fn run_derive(global: &Global, flags: &Derive) -> Result<Output> {
@@ -191,12 +193,14 @@ fn run_check(flags: &Check) -> Result<Output> {
     let vocab = match (&flags.vocab, &corpus) {
         (Some(path), _) => Vocab::load(path)?,
         (None, Some(corpus)) => corpus.vocab()?,
-        (None, None) => return Err(Error::usage("markers check needs --vocab or --corpus")),
+        (None, None) => {
+            return Err(Error::new(Code::FlagConflict, "markers check needs --vocab or --corpus"));
+        }
     };
     if let Some(corpus) = &corpus
         && corpus.manifest().vocabulary.digest != vocab.digest()
     {
-        return Err(Error::input("the vocabulary is not the corpus's")
+        return Err(Error::new(Code::VocabularyMismatch, "the vocabulary is not the corpus's")
             .at(corpus.path().display())
             .found(vocab.digest())
             .wanted(&corpus.manifest().vocabulary.digest)

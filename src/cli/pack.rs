@@ -1,7 +1,7 @@
 //! `cellrefine pack`.
 
 use super::{Global, Output};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::genes::mapping::SymbolMap;
 use crate::genes::vocab::Vocab;
 use crate::import::pack::{EmptyCells, PackOptions, PackReport, count_cells, pack};
@@ -103,7 +103,9 @@ pub(super) fn parse_memory(text: &str) -> std::result::Result<u64, String> {
 
 pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
     if !(0.0..=1.0).contains(&flags.min_gene_match) {
-        return Err(Error::usage("--min-gene-match is a share").found(flags.min_gene_match).wanted("0 to 1"));
+        return Err(Error::new(Code::FlagValue, "--min-gene-match is a share")
+            .found(flags.min_gene_match)
+            .wanted("0 to 1"));
     }
     let vocab = Vocab::load(&flags.vocab)?;
     let gene_map = flags.gene_map.as_ref().map(SymbolMap::load).transpose()?;

@@ -5,7 +5,7 @@ use super::embed::EncoderFlags;
 use super::{Global, Output};
 use crate::corpus::Corpus;
 use crate::device::Act;
-use crate::error::{Error, Result, nearest};
+use crate::error::{Code, Error, Result, nearest};
 use crate::eval::annotate;
 use crate::eval::embed::Embedder;
 use crate::eval::labeller::Labeller;
@@ -93,12 +93,15 @@ fn with<B: Backend<A>, A: Act>(
     let genes = match named(flags)? {
         Some(names) => resolve(&vocab, &names)?,
         None if flags.together => {
-            return Err(Error::usage("--together perturbs the genes that --genes names, at once"));
+            return Err(Error::new(
+                Code::FlagConflict,
+                "--together perturbs the genes that --genes names, at once",
+            ));
         }
         None => present(&corpus, &cells, embedder.context(), flags.min_cells)?,
     };
     if genes.is_empty() {
-        return Err(Error::input("no gene to perturb")
+        return Err(Error::new(Code::GeneUnknown, "no gene to perturb")
             .at(corpus.path().display())
             .found(format!(
                 "{} cells, and none of their genes is in {} of them",
@@ -132,11 +135,14 @@ fn cells(corpus: &Corpus, flags: &Flags, seed: u64) -> Result<Vec<u32>> {
     let mut cells: Vec<u32> = (0..corpus.cells() as u32).collect();
     if let Some(only) = &flags.only {
         let (column, value) = only.split_once('=').ok_or_else(|| {
-            Error::usage("--where needs an obs column and a value").found(only).wanted("COL=VALUE")
+            Error::new(Code::FlagValue, "--where needs an obs column and a value")
+                .found(only)
+                .wanted("COL=VALUE")
         })?;
         let all = corpus.categorical(column)?;
         let Some(code) = all.categories.iter().position(|c| c == value) else {
-            let e = Error::input(format!("no cell has this value of {column}")).at(corpus.path().display());
+            let e = Error::new(Code::ObsValueMissing, format!("no cell has this value of {column}"))
+                .at(corpus.path().display());
             let near = nearest(value, all.categories.iter().map(String::as_str));
             return Err(e.found(value).wanted(match near {
                 Some(near) if all.categories.len() > 20 => {
@@ -173,7 +179,7 @@ fn resolve(vocab: &Vocab, names: &[String]) -> Result<Vec<u32>> {
             Match::One(gene) if genes.contains(&gene) => {}
             Match::One(gene) => genes.push(gene),
             Match::Unknown => {
-                let e = Error::input("a gene that the vocabulary does not have").found(name);
+                let e = Error::new(Code::GeneUnknown, "a gene that the vocabulary does not have").found(name);
                 return Err(match vocab.has_symbols() {
                     true => e.wanted("an Ensembl id or a symbol of the vocabulary"),
                     false => e.wanted("an Ensembl id: this vocabulary has no symbols"),
@@ -181,7 +187,7 @@ fn resolve(vocab: &Vocab, names: &[String]) -> Result<Vec<u32>> {
             }
             Match::Ambiguous(ids) => {
                 let ids: Vec<&str> = ids.iter().map(|id| vocab.token(*id)).collect();
-                return Err(Error::input("a symbol that several genes have")
+                return Err(Error::new(Code::GeneAmbiguous, "a symbol that several genes have")
                     .found(name)
                     .wanted(format!("one of {}", ids.join(", "))));
             }

@@ -3,7 +3,7 @@
 use super::{Global, Output};
 use crate::config::{Sources, Stage};
 use crate::corpus::Corpus;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::model::config::Vocabulary;
 use crate::model::{Preset, checkpoint};
 use crate::train::plan::{PlanCase, plan};
@@ -95,7 +95,9 @@ pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
             }
             config
         }
-        (None, None) => return Err(Error::usage("name either a preset or a checkpoint to start from")),
+        (None, None) => {
+            return Err(Error::new(Code::FlagConflict, "name either a preset or a checkpoint to start from"));
+        }
     };
     let sources = Sources::of_process(global.config.clone(), global.set.clone(), global.seed);
     let settings = sources.resolve(stage, &config)?;

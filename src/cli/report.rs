@@ -2,7 +2,7 @@
 
 use super::{Global, Output};
 use crate::config::Precision;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::on_backend;
 use crate::report::measure::Options;
 use crate::report::page::{Beside, write};
@@ -124,7 +124,7 @@ fn summary(run: &Run) -> Result<Value> {
     let last = run.last();
     if last.is_null() {
         let log = run.path.join("metrics.jsonl");
-        return Err(Error::input("the run has no record yet").at(log.display()));
+        return Err(Error::new(Code::RunFolder, "the run has no record yet").at(log.display()));
     }
     let (cells, tokens, seconds) = (run.sum("cells"), run.sum("tokens"), run.seconds());
     let record = &run.record;

@@ -1,7 +1,7 @@
 //! `cellrefine watch`: a run as it goes, in the terminal. Where stdout is no terminal, one look in words.
 
 use super::{Global, Output};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::report::html::brief;
 use crate::report::status::{Follower, State};
 use ratatui::Frame;
@@ -37,7 +37,7 @@ pub struct Flags {
 
 pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
     if !(0.05..=3600.0).contains(&flags.every) {
-        return Err(Error::usage("--every is out of range")
+        return Err(Error::new(Code::FlagValue, "--every is out of range")
             .found(flags.every)
             .wanted("0.05 to 3600 seconds"));
     }

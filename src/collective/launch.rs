@@ -14,7 +14,7 @@
 use super::Collective;
 use super::tcp::{self, Place};
 use crate::backend::Choice;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use std::time::Duration;
 
 /// Variable that `cellrefine launch` sets, so that a message can say who numbered the ranks.
@@ -109,7 +109,7 @@ impl Launch {
         if let Some(f) = &found
             && (f.rank >= f.world)
         {
-            return Err(Error::usage("the rank is beyond the number of ranks")
+            return Err(Error::new(Code::RankNumbers, "the rank is beyond the number of ranks")
                 .at(f.source)
                 .found(format!("rank {} of {}", f.rank, f.world))
                 .wanted("ranks from 0 to one less than their number"));
@@ -122,7 +122,9 @@ impl Launch {
         let seconds = flags.timeout.unwrap_or(TIMEOUT.as_secs_f64());
         let timeout =
             Duration::try_from_secs_f64(seconds).ok().filter(|t| !t.is_zero()).ok_or_else(|| {
-                Error::usage("--rank-timeout is out of range").found(seconds).wanted("seconds, above 0")
+                Error::new(Code::FlagValue, "--rank-timeout is out of range")
+                    .found(seconds)
+                    .wanted("seconds, above 0")
             })?;
         let found = found.filter(|f| f.world > 1);
         Ok(match found {
@@ -160,7 +162,7 @@ impl Launch {
         match self.carrier {
             Carrier::Tcp => {
                 let master = self.master.clone().ok_or_else(|| {
-                    Error::usage("where does rank 0 listen?")
+                    Error::new(Code::RankAddress, "where does rank 0 listen?")
                         .at(format!("{} numbered {} ranks", self.source, self.world))
                         .found("no address")
                         .next("--master HOST:PORT, the same on all ranks, HOST being the machine of rank 0")
@@ -171,7 +173,7 @@ impl Launch {
             #[cfg(feature = "mpi")]
             Carrier::Mpi => super::mpi::connect(self.rank, self.world, self.timeout),
             #[cfg(not(feature = "mpi"))]
-            Carrier::Mpi => Err(Error::usage("this build does not speak MPI")
+            Carrier::Mpi => Err(Error::new(Code::RankBuild, "this build does not speak MPI")
                 .at("--collective mpi")
                 .next("build with --features mpi (needs mpicc and libclang), or --collective tcp")),
         }
@@ -195,10 +197,10 @@ impl Launch {
         match self.local_rank {
             _ if gpus == 1 => Ok(asked),
             Some(local) if local < gpus => Ok(Choice::Cuda(local)),
-            Some(local) => Err(Error::usage("more ranks on this machine than GPUs")
+            Some(local) => Err(Error::new(Code::RankDevice, "more ranks on this machine than GPUs")
                 .found(format!("local rank {local}, {gpus} GPUs"))
                 .next("start as many ranks a machine as it has GPUs")),
-            None => Err(Error::usage("several GPUs, and nothing says which is this rank's")
+            None => Err(Error::new(Code::RankDevice, "several GPUs, and nothing says which is this rank's")
                 .at(format!("{} set no rank on the machine (LOCAL_RANK)", self.source))
                 .found(format!("rank {}, {gpus} GPUs", self.rank))
                 .next("--local-rank L, or --gpus-per-node N where ranks are numbered machine by machine")),
@@ -207,7 +209,7 @@ impl Launch {
 }
 
 fn half(given: &str, other: &str) -> Error {
-    Error::usage(format!("{given} and {other} go together"))
+    Error::new(Code::RankNumbers, format!("{given} and {other} go together"))
         .found("one of them")
         .next("give both, or neither (--launcher none runs alone)")
 }
@@ -229,7 +231,7 @@ fn from_environment(only: Option<&str>, env: &dyn Fn(&str) -> Option<String>) ->
         && (s.rank, s.world) != (o.rank, o.world)
         && s.world.max(o.world) > 1
     {
-        return Err(Error::usage("two launchers number the ranks differently")
+        return Err(Error::new(Code::RankNumbers, "two launchers number the ranks differently")
             .at("SLURM_PROCID and OMPI_COMM_WORLD_RANK")
             .found(format!("rank {} of {} and rank {} of {}", s.rank, s.world, o.rank, o.world))
             .next("--launcher slurm for srun, --launcher openmpi for mpirun"));
@@ -244,7 +246,7 @@ fn from_environment(only: Option<&str>, env: &dyn Fn(&str) -> Option<String>) ->
 fn number(env: &dyn Fn(&str) -> Option<String>, name: &str) -> Result<Option<usize>> {
     let Some(text) = env(name) else { return Ok(None) };
     text.trim().parse().map(Some).map_err(|_| {
-        Error::usage(format!("{name} is no number"))
+        Error::new(Code::RankNumbers, format!("{name} is no number"))
             .found(text)
             .next("unset it, or number the ranks with --rank and --world")
     })

@@ -28,7 +28,7 @@ pub mod tcp;
 pub mod threads;
 pub mod wire;
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Code, Error, Kind, Result};
 use rayon::prelude::*;
 use std::fmt;
 use std::ops::Range;
@@ -251,7 +251,7 @@ impl Collective {
         if first.first() == Some(&1) {
             return Ok(first.split_off(1));
         }
-        Err(Error::environment("the leading rank stopped")
+        Err(Error::new(Code::RankLost, "the leading rank stopped")
             .found(String::from_utf8_lossy(&first[1.min(first.len())..])))
     }
 
@@ -392,6 +392,6 @@ mod tests {
         let mut x = [1.0f32, 2.0];
         one.all_reduce(&mut x).unwrap();
         assert_eq!((x, one.messages(b"a").unwrap()), ([1.0, 2.0], vec![b"a".to_vec()]));
-        assert!(one.lead(|| Err(Error::input("no"))).is_err() && one.leads());
+        assert!(one.lead(|| Err(Error::new(Code::FileMissing, "no"))).is_err() && one.leads());
     }
 }

@@ -6,7 +6,7 @@
 
 use super::threads::silent;
 use super::{Call, Collective, Transport};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use mpi::environment::Universe;
 use mpi::point_to_point::{Destination, Source};
 use mpi::request::{self, Request};
@@ -40,12 +40,13 @@ impl std::fmt::Debug for Mpi {
 /// # Errors
 /// Environment (4): MPI does not start, or counts other ranks.
 pub fn connect(rank: usize, world: usize, timeout: Duration) -> Result<Collective> {
-    let (universe, _) = mpi::initialize_with_threading(mpi::Threading::Serialized)
-        .ok_or_else(|| Error::environment("MPI cannot be started a second time in one process"))?;
+    let (universe, _) = mpi::initialize_with_threading(mpi::Threading::Serialized).ok_or_else(|| {
+        Error::new(Code::RankConnection, "MPI cannot be started a second time in one process")
+    })?;
     let all = SimpleCommunicator::world();
     let theirs = (all.rank() as usize, all.size() as usize);
     if theirs != (rank, world) {
-        return Err(Error::environment("MPI numbers the ranks differently")
+        return Err(Error::new(Code::RankConnection, "MPI numbers the ranks differently")
             .found(format!("rank {} of {}", theirs.0, theirs.1))
             .wanted(format!("rank {rank} of {world}"))
             .next("start the ranks with mpirun or srun --mpi=pmix, or use --collective tcp"));

@@ -8,7 +8,7 @@
 use super::threads::{ended, out_of_step, silent, stopped};
 use super::wire::{FrameKind, Greeting, HEADER, Header, TEXT};
 use super::{Call, Collective, Operation, Transport};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::AsRawFd;
@@ -61,7 +61,9 @@ pub fn connect(place: &Place) -> Result<Collective> {
     };
     for peer in meeting.iter().flatten() {
         let prepared = peer.stream.set_nodelay(true).and_then(|()| peer.stream.set_nonblocking(true));
-        prepared.map_err(|e| Error::environment("cannot set up a connection between ranks").found(e))?;
+        prepared.map_err(|e| {
+            Error::new(Code::RankConnection, "cannot set up a connection between ranks").found(e)
+        })?;
     }
     let tcp = Tcp { rank: place.rank, timeout: place.timeout, peers: Mutex::new(meeting) };
     let all = Collective::over(tcp);
@@ -84,7 +86,9 @@ fn gather(place: &Place, deadline: Instant) -> Result<Vec<Option<Peer>>> {
     let master = &place.master;
     let address = resolve(master)?;
     let listener = TcpListener::bind(address).map_err(|e| {
-        let error = Error::environment("cannot listen for the other ranks").at(master).found(e.to_string());
+        let error = Error::new(Code::RankConnection, "cannot listen for the other ranks")
+            .at(master)
+            .found(e.to_string());
         error.next("another job or service has the port: choose another with --master HOST:PORT")
     })?;
     let mut peers: Vec<Option<Peer>> = (0..place.world).map(|_| None).collect();
@@ -93,11 +97,10 @@ fn gather(place: &Place, deadline: Instant) -> Result<Vec<Option<Peer>>> {
         let missing = || {
             let missing: Vec<String> =
                 (1..place.world).filter(|r| peers[*r].is_none()).map(|r| r.to_string()).collect();
-            Error::environment(format!(
-                "rank {} did not come within {} s",
-                missing.join(", "),
-                place.timeout.as_secs_f64()
-            ))
+            Error::new(
+                Code::RankLate,
+                format!("rank {} did not come within {} s", missing.join(", "), place.timeout.as_secs_f64()),
+            )
             .at(format!("rank 0, waiting at {master} for {} ranks", place.world))
             .next(
                 "start all ranks, with the same --master and --world; a longer wait: --rank-timeout SECONDS",
@@ -106,7 +109,7 @@ fn gather(place: &Place, deadline: Instant) -> Result<Vec<Option<Peer>>> {
         let (stream, from, theirs) = accept(&listener, deadline).map_err(|e| e.unwrap_or_else(missing))?;
         theirs.check(place.world)?;
         if theirs.rank == 0 || peers[theirs.rank].is_some() {
-            return Err(Error::usage("two processes say that they are the same rank")
+            return Err(Error::new(Code::RankNumbers, "two processes say that they are the same rank")
                 .at(format!("rank {} on {}", theirs.rank, theirs.host))
                 .next("give each process its own --rank, or let the launcher number them"));
         }
@@ -124,7 +127,7 @@ fn gather(place: &Place, deadline: Instant) -> Result<Vec<Option<Peer>>> {
 fn introduce(place: &Place, deadline: Instant) -> Result<Vec<Option<Peer>>> {
     let address = resolve(&place.master)?;
     let unreachable = |e: std::io::Error| {
-        Error::environment("cannot reach rank 0")
+        Error::new(Code::RankConnection, "cannot reach rank 0")
             .at(&place.master)
             .found(e.to_string())
             .next("is rank 0 started, and is --master an address that this machine can reach?")
@@ -136,8 +139,9 @@ fn introduce(place: &Place, deadline: Instant) -> Result<Vec<Option<Peer>>> {
     let mine = serde_json::to_vec(&greeting(place, port)).map_err(|e| Error::bug(e.to_string()))?;
     send_frame(&mut zero, FrameKind::Greeting, &mine).map_err(unreachable)?;
     let table = receive_text(&mut zero, deadline).map_err(unreachable)?;
-    let places: Vec<Option<(IpAddr, u16)>> = serde_json::from_slice(&table)
-        .map_err(|e| Error::environment("rank 0 does not speak our language").at(&place.master).found(e))?;
+    let places: Vec<Option<(IpAddr, u16)>> = serde_json::from_slice(&table).map_err(|e| {
+        Error::new(Code::RankConnection, "rank 0 does not speak our language").at(&place.master).found(e)
+    })?;
     let mut peers: Vec<Option<Peer>> = (0..place.world).map(|_| None).collect();
     peers[0] = Some(Peer { stream: zero, host: place.master.clone(), partial: false });
     for (rank, there) in places.iter().enumerate().take(place.rank) {
@@ -148,7 +152,8 @@ fn introduce(place: &Place, deadline: Instant) -> Result<Vec<Option<Peer>>> {
         peers[rank] = Some(Peer { stream, host: ip.to_string(), partial: false });
     }
     for _ in place.rank + 1..place.world {
-        let late = || Error::environment("higher ranks did not come").at(format!("rank {}", place.rank));
+        let late =
+            || Error::new(Code::RankLate, "higher ranks did not come").at(format!("rank {}", place.rank));
         let (stream, _, theirs) = accept(&listener, deadline).map_err(|e| e.unwrap_or_else(late))?;
         theirs.check(place.world)?;
         peers[theirs.rank] = Some(Peer { stream, host: theirs.host, partial: false });
@@ -157,12 +162,12 @@ fn introduce(place: &Place, deadline: Instant) -> Result<Vec<Option<Peer>>> {
 }
 
 fn met(host: &str, e: &std::io::Error) -> Error {
-    Error::environment("lost a rank while meeting").at(host).found(e.to_string())
+    Error::new(Code::RankLost, "lost a rank while meeting").at(host).found(e.to_string())
 }
 
 fn resolve(master: &str) -> Result<SocketAddr> {
     let wrong = |found: String| {
-        Error::usage("the address of rank 0 cannot be used")
+        Error::new(Code::RankAddress, "the address of rank 0 cannot be used")
             .at(format!("--master {master}"))
             .found(found)
             .wanted("HOST:PORT, reachable from all ranks")
@@ -188,7 +193,9 @@ fn accept(
     listener: &TcpListener,
     deadline: Instant,
 ) -> std::result::Result<(TcpStream, SocketAddr, Greeting), Option<Error>> {
-    let broken = |e: std::io::Error| Some(Error::environment("cannot accept a rank").found(e.to_string()));
+    let broken = |e: std::io::Error| {
+        Some(Error::new(Code::RankConnection, "cannot accept a rank").found(e.to_string()))
+    };
     listener.set_nonblocking(true).map_err(broken)?;
     loop {
         match listener.accept() {
@@ -360,8 +367,11 @@ fn read_some(
 /// Is this the header of the exchange that we are in?
 fn check(peer: &mut Peer, rank: usize, header: &[u8; HEADER], length: usize, call: Call) -> Result<()> {
     let Some(header) = Header::parse(header) else {
-        return Err(Error::environment("a connection between ranks carries what no rank sends")
-            .at(format!("rank {rank} on {}", peer.host)));
+        return Err(Error::new(
+            Code::RankConnection,
+            "a connection between ranks carries what no rank sends",
+        )
+        .at(format!("rank {rank} on {}", peer.host)));
     };
     match header.kind {
         FrameKind::Data if header.call == call && header.length == length as u64 => Ok(()),

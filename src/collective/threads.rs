@@ -4,7 +4,7 @@
 //! of it.
 
 use super::{Call, Collective, Transport};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
@@ -103,7 +103,7 @@ pub(super) fn out_of_step(rank: usize, theirs: Call, mine: Call) -> Error {
 
 /// The error of a rank that said why it stops.
 pub(super) fn stopped(rank: usize, host: &str, reason: &str, call: Call) -> Error {
-    Error::environment(format!("rank {rank} stopped"))
+    Error::new(Code::RankLost, format!("rank {rank} stopped"))
         .at(format!("rank {rank} on {host}, seen in {call}"))
         .found(reason.replace('\n', "; "))
         .next("see its own messages; then continue from the last checkpoint with --resume")
@@ -111,7 +111,7 @@ pub(super) fn stopped(rank: usize, host: &str, reason: &str, call: Call) -> Erro
 
 /// The error of a rank that is gone without a word.
 pub(super) fn ended(rank: usize, host: &str, call: Call) -> Error {
-    Error::environment(format!("rank {rank} ended without a word"))
+    Error::new(Code::RankLost, format!("rank {rank} ended without a word"))
         .at(format!("rank {rank} on {host}, seen in {call}"))
         .found("its connection is closed: killed, out of memory, or its machine is gone")
         .next("look at that machine; then continue from the last checkpoint with --resume")
@@ -119,8 +119,11 @@ pub(super) fn ended(rank: usize, host: &str, call: Call) -> Error {
 
 /// The error of ranks that let the time-out pass.
 pub(super) fn silent(ranks: &[String], timeout: Duration, call: Call) -> Error {
-    Error::environment(format!("{} did not come within {} s", ranks.join(", "), timeout.as_secs_f64()))
-        .at(format!("{call}"))
-        .found("no answer: hanging, stopped, or behind a broken network")
-        .next("look at that machine; a longer wait: --rank-timeout SECONDS")
+    Error::new(
+        Code::RankLate,
+        format!("{} did not come within {} s", ranks.join(", "), timeout.as_secs_f64()),
+    )
+    .at(format!("{call}"))
+    .found("no answer: hanging, stopped, or behind a broken network")
+    .next("look at that machine; a longer wait: --rank-timeout SECONDS")
 }

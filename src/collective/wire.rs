@@ -12,7 +12,7 @@
 //! what the receiver waits for.
 
 use super::{Call, Operation};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 
 /// First bytes of every frame.
 pub const MAGIC: u32 = u32::from_le_bytes(*b"CRr1");
@@ -92,7 +92,7 @@ impl Greeting {
     pub fn check(&self, world: usize) -> Result<()> {
         let version = env!("CARGO_PKG_VERSION");
         if self.world != world || self.rank >= world || self.version != version {
-            return Err(Error::usage("a rank belongs to another job")
+            return Err(Error::new(Code::RankNumbers, "a rank belongs to another job")
                 .at(format!("rank {} on {}", self.rank, self.host))
                 .found(format!("{} ranks, version {}", self.world, self.version))
                 .wanted(format!("{world} ranks, version {version}"))

@@ -1,7 +1,7 @@
 //! Ranges: what types cannot say.
 
 use super::Settings;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 
 impl Settings {
     /// Fails (exit 2) at the first value outside its range, naming the setting.
@@ -67,5 +67,5 @@ fn require(holds: bool, name: &str, found: impl std::fmt::Display, wanted: &str)
     if holds {
         return Ok(());
     }
-    Err(Error::usage(format!("setting {name} is out of range")).found(found).wanted(wanted))
+    Err(Error::new(Code::SettingValue, format!("setting {name} is out of range")).found(found).wanted(wanted))
 }

@@ -1,6 +1,6 @@
 //! The encoder as settings: a flat view of [`ModelConfig`] with the preset's or the checkpoint's values as defaults.
 
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::model::ModelConfig;
 use crate::model::config::{DEFAULT_VALUE_BINS, Embedding};
 use crate::ops::gene_attention::Pattern;
@@ -102,15 +102,18 @@ impl ModelSettings {
         ];
         for (name, wanted, size) in sizes {
             if fixed && *size != wanted {
-                return Err(Error::usage(format!("{name} cannot differ from the checkpoint"))
-                    .found(wanted)
-                    .wanted(*size)
-                    .next("leave it out, or pretrain an encoder of that size"));
+                return Err(Error::new(
+                    Code::SettingFixed,
+                    format!("{name} cannot differ from the checkpoint"),
+                )
+                .found(wanted)
+                .wanted(*size)
+                .next("leave it out, or pretrain an encoder of that size"));
             }
             *size = wanted;
         }
         if fixed && config.embedding != self.embedding {
-            return Err(Error::usage("model.embedding cannot differ from the checkpoint")
+            return Err(Error::new(Code::SettingFixed, "model.embedding cannot differ from the checkpoint")
                 .found(format!("{:?}", self.embedding))
                 .wanted(format!("{:?}", config.embedding))
                 .next("leave it out, or pretrain an encoder of that kind"));

@@ -5,7 +5,7 @@
 //! meant and which type was wanted, and where the assignment stood.
 
 use super::{Settings, Stage};
-use crate::error::{Error, Result, nearest};
+use crate::error::{Code, Error, Result, nearest};
 use crate::model::ModelConfig;
 use std::path::PathBuf;
 use toml::{Table, Value};
@@ -76,7 +76,9 @@ impl Sources {
             let text =
                 std::fs::read_to_string(file).map_err(|e| Error::io(file, "read the settings file", &e))?;
             let table: Table = text.parse().map_err(|e: toml::de::Error| {
-                Error::usage("the settings file is not TOML").at(file.display()).found(e.to_string().trim())
+                Error::new(Code::SettingsFile, "the settings file is not TOML")
+                    .at(file.display())
+                    .found(e.to_string().trim())
             })?;
             flatten(&table, &mut Vec::new(), &file.display().to_string(), &mut list);
         }
@@ -89,7 +91,9 @@ impl Sources {
         }
         for text in &self.set {
             let (key, value) = text.split_once('=').ok_or_else(|| {
-                Error::usage("--set wants KEY=VALUE").found(text).next("--set optimizer.learning_rate=1e-3")
+                Error::new(Code::SettingValue, "--set wants KEY=VALUE")
+                    .found(text)
+                    .next("--set optimizer.learning_rate=1e-3")
             })?;
             let path = key.trim().split('.').map(str::to_string).collect();
             let value = loose_value(value.trim());
@@ -134,9 +138,12 @@ fn apply(defaults: Settings, assignments: &[Assignment]) -> Result<Settings> {
             if !known {
                 return unknown(&settings, assignment);
             }
-            Error::usage(format!("setting {} cannot have this value", assignment.path.join(".")))
-                .at(&assignment.place)
-                .found(e.message())
+            Error::new(
+                Code::SettingValue,
+                format!("setting {} cannot have this value", assignment.path.join(".")),
+            )
+            .at(&assignment.place)
+            .found(e.message())
         })?;
     }
     Ok(settings)
@@ -176,10 +183,13 @@ fn coerce(old: &Value, assignment: &Assignment) -> Result<Value> {
         (Value::String(_), v) if assignment.loose && !v.is_str() => Value::String(v.to_string()),
         (a, b) if std::mem::discriminant(a) == std::mem::discriminant(b) => b.clone(),
         (a, b) => {
-            return Err(Error::usage(format!("setting {} has the wrong type", assignment.path.join(".")))
-                .at(&assignment.place)
-                .found(format!("{b} ({})", b.type_str()))
-                .wanted(format!("{} such as {a}", a.type_str())));
+            return Err(Error::new(
+                Code::SettingValue,
+                format!("setting {} has the wrong type", assignment.path.join(".")),
+            )
+            .at(&assignment.place)
+            .found(format!("{b} ({})", b.type_str()))
+            .wanted(format!("{} such as {a}", a.type_str())));
         }
     })
 }
@@ -201,7 +211,7 @@ fn unknown(settings: &Settings, assignment: &Assignment) -> Error {
         names.iter().copied().find(|name| name.rsplit('.').next() == Some(end))
     };
     let exact_last = || names.iter().copied().find(|name| name.rsplit('.').next() == Some(last.as_str()));
-    let error = Error::usage(format!("unknown setting {path}")).at(&assignment.place);
+    let error = Error::new(Code::SettingUnknown, format!("unknown setting {path}")).at(&assignment.place);
     match exact_last().or_else(|| nearest(&path, names.iter().copied())).or_else(by_last) {
         Some(near) => error.next(format!("did you mean {near}?")),
         None => {

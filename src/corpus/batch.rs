@@ -7,7 +7,7 @@
 
 use super::reader::Corpus;
 use super::sampler::{Sampler, SamplerState};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use half::f16;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
@@ -82,7 +82,9 @@ impl BatchOptions {
 
     fn check(&self, corpus: &Corpus) -> Result<()> {
         let vocab = &corpus.manifest().vocabulary;
-        let wrong = |what: &str, setting: &str, found: usize| Error::usage(what).at(setting).found(found);
+        let wrong = |what: &str, setting: &str, found: usize| {
+            Error::new(Code::SettingValue, what).at(setting).found(found)
+        };
         if self.cells == 0 {
             return Err(wrong("a batch needs at least one cell", "batch.cells", 0));
         }
@@ -103,16 +105,22 @@ impl BatchOptions {
             .wanted(format!("{} (batch.max_tokens) to {}", self.max_tokens, u32::MAX)));
         }
         if let Some(&t) = [self.cls, self.eos].iter().flatten().find(|&&t| t as usize >= vocab.len) {
-            return Err(Error::input("a special token of the model is outside the corpus's vocabulary")
-                .at(corpus.path().display())
-                .found(t)
-                .wanted(format!("ids below {}", vocab.len))
-                .next("use the vocabulary that the checkpoint was trained with"));
+            return Err(Error::new(
+                Code::VocabularyMismatch,
+                "a special token of the model is outside the corpus's vocabulary",
+            )
+            .at(corpus.path().display())
+            .found(t)
+            .wanted(format!("ids below {}", vocab.len))
+            .next("use the vocabulary that the checkpoint was trained with"));
         }
         if self.values && !corpus.manifest().values {
-            return Err(Error::input("the model reads expression values, the corpus stores none")
-                .at(corpus.path().display())
-                .next("pack the corpus again with --values"));
+            return Err(Error::new(
+                Code::ValuesMissing,
+                "the model reads expression values, the corpus stores none",
+            )
+            .at(corpus.path().display())
+            .next("pack the corpus again with --values"));
         }
         Ok(())
     }
@@ -289,7 +297,8 @@ impl Packer {
         batch.max_len = batch.cell_start.windows(2).map(|w| (w[1] - w[0]) as usize).max().unwrap_or(0);
         if let Some(empty) = batch.cell_start.windows(2).position(|w| w[0] == w[1]) {
             let cell = batch.cells[empty] as usize;
-            return Err(Error::input(
+            return Err(Error::new(
+                Code::EmptyCell,
                 "a cell has no gene of the vocabulary, and the model adds no special token",
             )
             .at(format!("{}: cell {cell} ({:?})", self.corpus.path().display(), self.corpus.cell_id(cell)?))
@@ -415,7 +424,7 @@ impl Loader {
         let thread = std::thread::Builder::new()
             .name("cell loader".into())
             .spawn(move || fill_ahead(packer, filled, reuse))
-            .map_err(|e| Error::environment("cannot start the loader thread").found(e))?;
+            .map_err(|e| Error::new(Code::NoThread, "cannot start the loader thread").found(e))?;
         Ok(Loader { filled: Some(receive), used, thread: Some(thread), state, ended: false })
     }
 

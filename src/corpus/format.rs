@@ -18,7 +18,7 @@
 //! A shard knows its own category names (safetensors metadata); the manifest holds their sorted union, and a reader maps one
 //! to the other. So shards packed apart are merged by writing a manifest, and a shard's bytes depend on its cells alone.
 
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -181,7 +181,7 @@ impl Manifest {
     /// the path named in errors.
     pub fn parse(bytes: &[u8], place: &str) -> Result<Manifest> {
         let bad = |what: &str| {
-            Error::input(what)
+            Error::new(Code::ManifestDamaged, what)
                 .at(place)
                 .next("copy the corpus folder again, or pack it again from its source")
         };
@@ -193,7 +193,7 @@ impl Manifest {
         match value.get("schema").and_then(|s| s.as_u64()) {
             Some(s) if s == SCHEMA as u64 => {}
             Some(s) => {
-                return Err(Error::input("the corpus has another schema version")
+                return Err(Error::new(Code::CorpusVersion, "the corpus has another schema version")
                     .at(place)
                     .found(s)
                     .wanted(SCHEMA)
@@ -219,7 +219,7 @@ impl Manifest {
         if self.cells <= u32::MAX as u64 {
             return Ok(());
         }
-        Err(Error::input("too many cells for one corpus")
+        Err(Error::new(Code::TooManyCells, "too many cells for one corpus")
             .at(place.display())
             .found(self.cells)
             .wanted(u32::MAX))

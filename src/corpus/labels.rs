@@ -1,7 +1,7 @@
 //! Class labels from an obs column.
 
 use super::reader::Corpus;
-use crate::error::{Error, Result, nearest};
+use crate::error::{Code, Error, Result, nearest};
 
 /// Class labels of all cells of a corpus.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,7 +52,7 @@ impl Labels {
 pub(super) fn unknown_value(corpus: &Corpus, column: &str, value: &str, known: &[String]) -> Error {
     let listed: Vec<&str> = known.iter().take(20).map(String::as_str).collect();
     let more = if known.len() > 20 { format!(" and {} more", known.len() - 20) } else { String::new() };
-    let e = Error::input(format!("no cell has {value:?} in obs column {column:?}"))
+    let e = Error::new(Code::ObsValueMissing, format!("no cell has {value:?} in obs column {column:?}"))
         .at(corpus.path().display())
         .found(format!("{}{more}", listed.join(", ")));
     match nearest(value, known.iter().map(String::as_str)) {

@@ -6,7 +6,7 @@
 use super::format::*;
 use super::partial_folder::PartialFolder;
 use super::reader::Corpus;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use serde_json::json;
 use std::collections::{BTreeSet, HashMap};
 use std::fs::{self, File};
@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 pub fn merge(inputs: &[PathBuf], out: &Path, progress: &dyn Fn(u64)) -> Result<Manifest> {
     let corpora = inputs.iter().map(|p| Corpus::open(p)).collect::<Result<Vec<_>>>()?;
     let Some(first) = corpora.first() else {
-        return Err(Error::usage("there is nothing to merge").wanted("at least one corpus"));
+        return Err(Error::new(Code::NoInputs, "there is nothing to merge").wanted("at least one corpus"));
     };
     corpora.iter().try_for_each(|c| fits(first, c))?;
     let model = first.manifest();
@@ -42,7 +42,7 @@ pub fn merge(inputs: &[PathBuf], out: &Path, progress: &dyn Fn(u64)) -> Result<M
         for entry in &corpus.manifest().shards {
             let source = corpus.path().join(&entry.file);
             if let Some(other) = from.insert(&entry.sha256, source.clone()) {
-                return Err(Error::input("the same cells would be in the corpus twice")
+                return Err(Error::new(Code::MergeTwice, "the same cells would be in the corpus twice")
                     .at(source.display())
                     .found(format!("equal to {}", other.display()))
                     .next("name each corpus once"));
@@ -76,7 +76,7 @@ pub fn merge(inputs: &[PathBuf], out: &Path, progress: &dyn Fn(u64)) -> Result<M
 fn fits(first: &Corpus, other: &Corpus) -> Result<()> {
     let (a, b) = (first.manifest(), other.manifest());
     let refuse = |what: &str, found: String, wanted: String| {
-        Err(Error::input(what)
+        Err(Error::new(Code::MergeMismatch, what)
             .at(other.path().display())
             .found(found)
             .wanted(format!("{wanted}, as in {}", first.path().display()))

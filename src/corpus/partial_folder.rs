@@ -1,7 +1,7 @@
 //! The hidden folder that becomes a corpus: locked against a second writer, renamed to its final name when all is on the disk, removed
 //! when it is not.
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Code, Error, Kind, Result};
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -21,10 +21,12 @@ const LOCK: &str = "writer.lock";
 impl PartialFolder {
     pub fn create(target: &Path) -> Result<Self> {
         let name = target.file_name().ok_or_else(|| {
-            Error::usage("the corpus needs a name").at(target.display()).wanted("a path such as NAME.cells")
+            Error::new(Code::OutputName, "the corpus needs a name")
+                .at(target.display())
+                .wanted("a path such as NAME.cells")
         })?;
         if target.symlink_metadata().is_ok() {
-            return Err(Error::usage("the output exists already")
+            return Err(Error::new(Code::OutputExists, "the output exists already")
                 .at(target.display())
                 .next("choose another --out, or remove it first"));
         }
@@ -47,7 +49,7 @@ impl PartialFolder {
         if lock.try_lock().is_err() {
             let mut holder = String::new();
             let _ = lock.read_to_string(&mut holder);
-            return Err(Error::environment("another process is writing this corpus")
+            return Err(Error::new(Code::AnotherWriter, "another process is writing this corpus")
                 .at(target.display())
                 .found(holder.trim())
                 .next("wait for it, or choose another --out"));

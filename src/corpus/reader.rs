@@ -5,7 +5,7 @@
 
 use super::format::*;
 use super::shard::Shard;
-use crate::error::{Error, Result, nearest};
+use crate::error::{Code, Error, Result, nearest};
 use crate::genes::Vocab;
 use half::f16;
 use rayon::prelude::*;
@@ -83,11 +83,10 @@ impl Corpus {
     /// Opens and checks the folder at `path`. Errors are of kind input and name the file.
     pub fn open(path: &Path) -> Result<Corpus> {
         if !path.is_dir() {
-            return Err(Error::input(if path.exists() {
-                "a corpus is a folder, this is a file"
-            } else {
-                "no such corpus"
-            })
+            return Err(Error::new(
+                Code::CorpusMissing,
+                if path.exists() { "a corpus is a folder, this is a file" } else { "no such corpus" },
+            )
             .at(path.display())
             .wanted("a folder NAME.cells with corpus.json in it")
             .next("make one with `cellrefine pack IN.h5ad --vocab V.tsv --out NAME.cells`"));
@@ -135,16 +134,19 @@ impl Corpus {
     pub fn vocab_file(&self) -> Result<Vec<u8>> {
         let path = self.root.join(VOCAB);
         let Some(wanted) = &self.manifest.vocab_sha256 else {
-            return Err(Error::input("this corpus was packed without its vocabulary file")
-                .at(self.root.display())
-                .next("pack it again with --vocab V.tsv"));
+            return Err(Error::new(
+                Code::VocabularyFile,
+                "this corpus was packed without its vocabulary file",
+            )
+            .at(self.root.display())
+            .next("pack it again with --vocab V.tsv"));
         };
         let bytes = std::fs::read(&path).map_err(|e| {
             Error::io(&path, "read the corpus's vocabulary", &e).next("copy the folder again")
         })?;
         let found = hex(&Sha256::digest(&bytes));
         if found != *wanted {
-            return Err(Error::input("the corpus's vocabulary file was changed")
+            return Err(Error::new(Code::VocabularyFile, "the corpus's vocabulary file was changed")
                 .at(path.display())
                 .found(found)
                 .wanted(wanted)
@@ -159,10 +161,13 @@ impl Corpus {
         let vocab = Vocab::load(self.root.join(VOCAB))?;
         let wanted = &self.manifest.vocabulary;
         if vocab.digest() != wanted.digest || vocab.len() != wanted.len {
-            return Err(Error::input("the vocabulary file is not the one of the corpus's gene ids")
-                .at(self.root.join(VOCAB).display())
-                .found(format!("digest {}, {} ids", vocab.digest(), vocab.len()))
-                .wanted(format!("digest {}, {} ids", wanted.digest, wanted.len)));
+            return Err(Error::new(
+                Code::VocabularyMismatch,
+                "the vocabulary file is not the one of the corpus's gene ids",
+            )
+            .at(self.root.join(VOCAB).display())
+            .found(format!("digest {}, {} ids", vocab.digest(), vocab.len()))
+            .wanted(format!("digest {}, {} ids", wanted.digest, wanted.len)));
         }
         Ok(vocab)
     }
@@ -192,7 +197,7 @@ impl Corpus {
             }
             let sha256 = shard.sha256();
             if sha256 != entry.sha256 {
-                return Err(Error::input("the shard's digest differs from the manifest's")
+                return Err(Error::new(Code::ShardDigest, "the shard's digest differs from the manifest's")
                     .at(shard.path().display())
                     .found(sha256)
                     .wanted(&entry.sha256)
@@ -275,7 +280,7 @@ impl Corpus {
         let columns = &self.manifest.columns;
         let Some(at) = columns.iter().position(|c| c.name == name) else {
             let names: Vec<&str> = columns.iter().map(|c| c.name.as_str()).collect();
-            let e = Error::input(format!("the corpus has no obs column {name:?}"))
+            let e = Error::new(Code::ObsMissing, format!("the corpus has no obs column {name:?}"))
                 .at(self.root.display())
                 .found(if names.is_empty() { "no columns".to_string() } else { names.join(", ") });
             return Err(match nearest(name, names) {
@@ -285,10 +290,13 @@ impl Corpus {
         };
         if columns[at].kind != kind {
             let word = |k| if k == ObsKind::Categorical { "categorical" } else { "numeric" };
-            return Err(Error::input(format!("obs column {name:?} is {}", word(columns[at].kind)))
-                .at(self.root.display())
-                .wanted(format!("a {} column", word(kind)))
-                .next("name another column; `cellrefine inspect` lists them"));
+            return Err(Error::new(
+                Code::ObsType,
+                format!("obs column {name:?} is {}", word(columns[at].kind)),
+            )
+            .at(self.root.display())
+            .wanted(format!("a {} column", word(kind)))
+            .next("name another column; `cellrefine inspect` lists them"));
         }
         Ok(at)
     }
@@ -340,7 +348,9 @@ pub fn read_manifest(root: &Path) -> Result<Manifest> {
             .next("check the path; an interrupted pack leaves no corpus behind")
     })?;
     if bytes.len() as u64 > MANIFEST_MAX_BYTES {
-        return Err(Error::input("the corpus manifest is larger than 1 GiB").at(path.display()));
+        return Err(
+            Error::new(Code::ManifestDamaged, "the corpus manifest is larger than 1 GiB").at(path.display())
+        );
     }
     Manifest::parse(&bytes, &path.display().to_string())
 }

@@ -7,7 +7,7 @@
 
 use super::format::hex;
 use super::splits::TrainingCells;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::rng::{Philox, site, stream_block};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -62,7 +62,7 @@ impl Sampler {
             return Self::of_cells(cells, seed);
         }
         if training.labels().is_empty() {
-            return Err(Error::usage("class-aware sampling needs labels")
+            return Err(Error::new(Code::LabelsNeeded, "class-aware sampling needs labels")
                 .found("no label column")
                 .next("add --label COLUMN, or leave the sampling at `none`"));
         }
@@ -114,7 +114,7 @@ impl Sampler {
         sha: Sha256,
     ) -> Result<Self> {
         if cells.is_empty() {
-            return Err(Error::input("there are no cells to draw from")
+            return Err(Error::new(Code::NoCells, "there are no cells to draw from")
                 .wanted("at least one training cell")
                 .next("check --split, --holdout and --exclude-label"));
         }
@@ -127,7 +127,7 @@ impl Sampler {
     /// epoch. Needs at least `world` cells.
     pub fn for_rank(mut self, rank: usize, world: usize) -> Result<Self> {
         if rank >= world || self.cells.len() < world {
-            return Err(Error::usage("the cells cannot be dealt out to so many ranks")
+            return Err(Error::new(Code::RankNumbers, "the cells cannot be dealt out to so many ranks")
                 .found(format!("rank {rank} of {world}, {} cells", self.cells.len())));
         }
         (self.rank, self.world) = (rank, world);
@@ -151,7 +151,8 @@ impl Sampler {
             == *state
             && (state.position as usize) < self.epoch_len();
         if !fits {
-            return Err(Error::input(
+            return Err(Error::new(
+                Code::SamplerPosition,
                 "the saved position belongs to other cells, another seed or another sampling",
             )
             .found(serde_json::to_string(state).unwrap_or_default())

@@ -6,7 +6,7 @@
 //! one load, and no byte reaches a batch unproved.
 
 use super::format::*;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use bytemuck::Pod;
 use memmap2::Mmap;
 use sha2::{Digest, Sha256};
@@ -46,7 +46,7 @@ impl Shard {
     pub fn open(root: &Path, entry: &ShardEntry, manifest: &Manifest) -> Result<Shard> {
         let path = root.join(&entry.file);
         let bad = |what: &str| {
-            Error::input(what)
+            Error::new(Code::ShardHeader, what)
                 .at(path.display())
                 .next("copy the shard again, or pack the corpus again from its source")
         };
@@ -155,7 +155,7 @@ impl Shard {
         if starts[0] == 0 && end_fits && falls.is_none() {
             return Ok(());
         }
-        Err(Error::input("the shard's offsets are damaged")
+        Err(Error::new(Code::ShardOffsets, "the shard's offsets are damaged")
             .at(format!("{}:{name}[{}]", self.path.display(), falls.map_or(self.cells, |i| i + 1)))
             .found(match falls {
                 Some(i) => format!("{} after {}", starts[i + 1], starts[i]),
@@ -214,7 +214,7 @@ impl Shard {
         let at = self.cell_id.start;
         let bytes = self.read::<u8>(at + starts[cell] as usize..at + starts[cell + 1] as usize)?;
         std::str::from_utf8(bytes).map_err(|e| {
-            Error::input("a cell name is not UTF-8")
+            Error::new(Code::ShardContent, "a cell name is not UTF-8")
                 .at(format!("{}: cell {cell}", self.path.display()))
                 .found(e)
         })
@@ -231,7 +231,7 @@ impl Shard {
         let known = if map.is_empty() { categories } else { map.len() } as i32;
         for (cell, &code) in self.obs::<i32>(column)?.iter().enumerate() {
             if !(-1..known).contains(&code) {
-                return Err(Error::input("a category code is out of range")
+                return Err(Error::new(Code::ShardContent, "a category code is out of range")
                     .at(format!("{}: cell {cell}, column {column}", self.path.display()))
                     .found(code)
                     .wanted(format!("-1 to {}", known - 1)));
@@ -278,7 +278,7 @@ impl Shard {
         let bytes = &self.map[span.clone()];
         let (found, wanted) = (crc32c::crc32c(bytes), self.view::<u32>(&self.block_crc32c)[b]);
         if found != wanted {
-            return Err(Error::input(format!("block {b} of the shard is damaged"))
+            return Err(Error::new(Code::ShardBlock, format!("block {b} of the shard is damaged"))
                 .at(format!("{}: bytes {}..{}, {}", self.path.display(), span.start, span.end, self.cells_in(&span)))
                 .found(format!("crc32c {found:08x}"))
                 .wanted(format!("{wanted:08x}"))
@@ -295,7 +295,7 @@ impl Shard {
                 self.view::<u32>(&genes).iter().copied().max()
             };
             if highest.is_some_and(|g| g >= self.vocab) {
-                return Err(Error::input("a gene id is outside the vocabulary")
+                return Err(Error::new(Code::ShardContent, "a gene id is outside the vocabulary")
                     .at(format!("{}: {}", self.path.display(), self.cells_in(&genes)))
                     .found(highest.unwrap_or(0))
                     .wanted(format!("ids below {}", self.vocab))

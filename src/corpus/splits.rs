@@ -12,7 +12,7 @@ use super::labels::unknown_value;
 use super::reader::Corpus;
 use super::strata::{choose_labelled, divide, included, refuse_single_cells, strata};
 pub use super::training_cells::TrainingCells;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::borrow::Cow;
@@ -66,7 +66,7 @@ impl SplitRule {
     /// `train=0.67,test=0.33`, also with `val=`.
     pub fn parse_fractions(text: &str) -> Result<SplitRule> {
         let bad = |what: &str| {
-            Error::usage(what)
+            Error::new(Code::SplitForm, what)
                 .at("--split")
                 .found(text)
                 .wanted("train=0.67,test=0.33 or train=0.6,val=0.1,test=0.3")
@@ -103,7 +103,7 @@ impl SplitRule {
             Some((column, value)) if !column.is_empty() && !value.is_empty() && (0.0..1.0).contains(&val) => {
                 Ok(SplitRule::Holdout { column: column.into(), value: value.into(), val })
             }
-            _ => Err(Error::usage("a held-out value is named as COLUMN=VALUE")
+            _ => Err(Error::new(Code::SplitForm, "a held-out value is named as COLUMN=VALUE")
                 .at("--holdout")
                 .found(text)
                 .wanted("for example --holdout donor=D3")),
@@ -136,9 +136,12 @@ impl Split {
     pub fn make(corpus: &Corpus, spec: &SplitSpec) -> Result<Split> {
         let labels = spec.label.as_deref().map(|c| Labels::read(corpus, c, &spec.exclude)).transpose()?;
         if labels.is_none() && !spec.exclude.is_empty() {
-            return Err(Error::usage("label values can be left out only of a named label column")
-                .found("--exclude-label without --label")
-                .next("add --label COLUMN"));
+            return Err(Error::new(
+                Code::LabelsNeeded,
+                "label values can be left out only of a named label column",
+            )
+            .found("--exclude-label without --label")
+            .next("add --label COLUMN"));
         }
         let mut parts = [Vec::new(), Vec::new(), Vec::new()];
         let all: Vec<u32> = (0..corpus.cells() as u32).collect();
@@ -175,7 +178,7 @@ impl Split {
         };
         for ((part, name), wanted) in parts.iter().zip(["training", "validation", "test"]).zip(wanted) {
             if wanted && part.is_empty() {
-                return Err(Error::input(format!("the {name} part of the split is empty"))
+                return Err(Error::new(Code::SplitEmpty, format!("the {name} part of the split is empty"))
                     .at(corpus.path().display())
                     .found(format!("{} cells in the corpus", corpus.cells()))
                     .wanted("at least one cell in each part")
@@ -207,7 +210,7 @@ impl Split {
         if present.len() >= 2 {
             return Ok(());
         }
-        Err(Error::input("the training part needs at least two classes")
+        Err(Error::new(Code::SplitClasses, "the training part needs at least two classes")
             .at(format!("{}: obs column {:?}", corpus.path().display(), labels.column))
             .found(if present.is_empty() {
                 "no labelled cell".into()
@@ -254,7 +257,7 @@ impl Split {
     /// The same split again from its record; an error where the corpus is another or the parts differ.
     pub fn restore(corpus: &Corpus, record: &SplitRecord) -> Result<Split> {
         if corpus.digest() != record.corpus_digest {
-            return Err(Error::input("the split was made for another corpus")
+            return Err(Error::new(Code::SplitMismatch, "the split was made for another corpus")
                 .at(corpus.path().display())
                 .found(corpus.digest())
                 .wanted(&record.corpus_digest)
@@ -262,11 +265,14 @@ impl Split {
         }
         let split = Split::make(corpus, &record.spec)?;
         if split.digest() != record.sha256 {
-            return Err(Error::input("the recorded split cannot be made again from its settings")
-                .at(corpus.path().display())
-                .found(split.digest())
-                .wanted(&record.sha256)
-                .next("the record was edited, or written by another version of cellrefine"));
+            return Err(Error::new(
+                Code::SplitMismatch,
+                "the recorded split cannot be made again from its settings",
+            )
+            .at(corpus.path().display())
+            .found(split.digest())
+            .wanted(&record.sha256)
+            .next("the record was edited, or written by another version of cellrefine"));
         }
         Ok(split)
     }

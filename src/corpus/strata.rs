@@ -3,7 +3,7 @@
 use super::labels::Labels;
 use super::reader::Corpus;
 use super::splits::SplitSpec;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::rng::{Philox, site};
 
 pub(super) fn included(labels: &Option<Labels>, cell: u32) -> bool {
@@ -37,7 +37,7 @@ pub(super) fn refuse_single_cells(
     if single.is_empty() {
         return Ok(());
     }
-    Err(Error::input("a class with one cell cannot stand on both sides of a split")
+    Err(Error::new(Code::SplitClasses, "a class with one cell cannot stand on both sides of a split")
         .at(format!("{}: obs column {:?}", corpus.path().display(), labels.column))
         .found(single.join(", "))
         .wanted("at least two cells in each class")

@@ -8,7 +8,7 @@
 use super::format::*;
 use super::partial_folder::PartialFolder;
 use super::spool::{Spool, SummingWriter, Sums};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use half::f16;
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -96,7 +96,10 @@ impl CorpusWriter {
         }
         for (i, o) in options.obs.iter().enumerate() {
             if options.obs[..i].iter().any(|p| p.name == o.name) {
-                return Err(Error::usage(format!("obs column {:?} is asked for twice", o.name)));
+                return Err(Error::new(
+                    Code::FlagConflict,
+                    format!("obs column {:?} is asked for twice", o.name),
+                ));
             }
         }
         let folder = PartialFolder::create(out)?;
@@ -123,7 +126,9 @@ impl CorpusWriter {
     }
 
     fn check(&self, cell: &CellRecord<'_>) -> Result<()> {
-        let bad = |what: &str| Error::input(what).at(format!("cell {} ({:?})", self.cells, cell.id));
+        let bad = |what: &str| {
+            Error::new(Code::CellRefused, what).at(format!("cell {} ({:?})", self.cells, cell.id))
+        };
         let o = &self.options;
         if let Some(&g) = cell.gene.iter().find(|&&g| g as usize >= o.vocab.len) {
             return Err(bad("a gene id is outside the vocabulary")

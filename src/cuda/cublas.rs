@@ -13,7 +13,7 @@
 use super::Buf;
 use super::gpu::Gpu;
 use crate::device::Act;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::ops::linear::Dims;
 use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys;
@@ -75,7 +75,7 @@ struct Operands {
 
 fn failure(doing: &str, e: CublasError) -> Error {
     // The debug form of the status is its name and needs no library.
-    Error::environment(format!("cuBLASLt failed {doing}")).found(format!("{:?}", e.0))
+    Error::new(Code::GpuFailed, format!("cuBLASLt failed {doing}")).found(format!("{:?}", e.0))
 }
 
 /// Is cuBLASLt there?
@@ -87,7 +87,7 @@ pub fn available() -> Result<()> {
     if unsafe { sys::is_culib_present() } {
         return Ok(());
     }
-    Err(Error::environment("no cuBLASLt")
+    Err(Error::new(Code::NoCublas, "no cuBLASLt")
         .found("libcublasLt.so.13 cannot be loaded")
         .wanted("cuBLASLt of CUDA 13")
         .next("install the CUDA 13 libraries and name their folder in LD_LIBRARY_PATH; or --device cpu"))

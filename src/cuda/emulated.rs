@@ -15,7 +15,7 @@ use super::functions::{EmulatedKernel, Kernel};
 use super::host_memory::HostMemory;
 use super::tensor_map::{BOX_COLUMNS, Boxes, TensorMap};
 use crate::device::Queue;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use library::Library;
 use std::ffi::{CStr, c_char, c_void};
 use std::ptr;
@@ -52,7 +52,7 @@ impl Schedule {
     pub(super) fn from_environment() -> Result<Self> {
         let Ok(name) = std::env::var("CELLREFINE_EMULATOR_SCHEDULE") else { return Ok(Schedule::Late) };
         Schedule::ALL.into_iter().find(|s| s.name() == name).ok_or_else(|| {
-            Error::usage("no such schedule")
+            Error::new(Code::EmulatorVariable, "no such schedule")
                 .at("CELLREFINE_EMULATOR_SCHEDULE")
                 .found(name)
                 .wanted("late, reversed or eager")
@@ -75,7 +75,7 @@ impl Arch {
         match std::env::var("CELLREFINE_EMULATOR_ARCH").as_deref() {
             Ok("sm_80") => Ok(Arch::Sm80),
             Ok("sm_90") | Err(_) => Ok(Arch::Sm90),
-            Ok(other) => Err(Error::usage("no such architecture")
+            Ok(other) => Err(Error::new(Code::EmulatorVariable, "no such architecture")
                 .at("CELLREFINE_EMULATOR_ARCH")
                 .found(other)
                 .wanted("sm_80 or sm_90")),

@@ -13,7 +13,7 @@ use super::driver::Grid;
 use super::functions::{IMAGES, KERNELS, Kernel, KernelEntry};
 use super::pinned::{Reads, Ring};
 use super::tensor_map::{BOX_COLUMNS, Boxes, TensorMap};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 use std::ffi::{CString, c_void};
@@ -62,7 +62,7 @@ unsafe impl Sync for Gpu {}
 /// No GPU code in this build, no driver, an old driver, no GPU (4).
 pub fn available() -> Result<usize> {
     if IMAGES.iter().flatten().all(Option::is_none) {
-        return Err(Error::environment("this build holds no GPU code")
+        return Err(Error::new(Code::NoGpuCode, "this build holds no GPU code")
             .found("no nvcc when it was built")
             .next("scripts/cuda-toolkit.sh, then build again; or --device cpu"));
     }
@@ -87,7 +87,7 @@ pub fn count() -> Result<usize> {
 }
 
 fn no_gpu(found: &str) -> Error {
-    Error::environment("no NVIDIA GPU")
+    Error::new(Code::NoSuchGpu, "no NVIDIA GPU")
         .found(found)
         .wanted("at least one GPU of compute capability 8.0 or later")
         .next("nvidia-smi lists them; CUDA_VISIBLE_DEVICES may hide them; or --device cpu")
@@ -100,7 +100,7 @@ fn no_gpu(found: &str) -> Error {
 pub fn driver_version() -> Result<i32> {
     // SAFETY: only opens a library by name.
     if !unsafe { sys::is_culib_present() } {
-        return Err(Error::environment("no NVIDIA driver")
+        return Err(Error::new(Code::GpuDriver, "no NVIDIA driver")
             .found("libcuda.so.1 cannot be loaded")
             .wanted("driver r580 (CUDA 13.0) or later")
             .next("install the driver of the GPU; or --device cpu"));
@@ -111,7 +111,7 @@ pub fn driver_version() -> Result<i32> {
         .result()
         .map_err(|e| failure("asking for the driver's version", e))?;
     if version < OLDEST_DRIVER {
-        return Err(Error::environment("the NVIDIA driver is too old")
+        return Err(Error::new(Code::GpuDriver, "the NVIDIA driver is too old")
             .found(format!("CUDA {}.{}", version / 1000, version % 1000 / 10))
             .wanted("CUDA 13.0 (driver r580) or later")
             .next("update the driver; or --device cpu"));
@@ -143,7 +143,7 @@ fn failure(doing: &str, e: DriverError) -> Error {
         900..=908 => "a stream-capture error",
         _ => "see CUresult in cuda.h",
     };
-    Error::environment(format!("the GPU driver failed {doing}")).found(format!("{name} ({code})"))
+    Error::new(Code::GpuFailed, format!("the GPU driver failed {doing}")).found(format!("{name} ({code})"))
 }
 
 /// A CUDA graph that can be launched.
@@ -169,7 +169,7 @@ impl Gpu {
     pub(super) fn open(ordinal: usize) -> Result<Self> {
         let count = available()?;
         if ordinal >= count {
-            return Err(Error::environment("no such GPU")
+            return Err(Error::new(Code::NoSuchGpu, "no such GPU")
                 .found(format!("cuda:{ordinal}"))
                 .wanted(format!("cuda:0 to cuda:{}", count - 1)));
         }

@@ -3,7 +3,7 @@
 //! Every allocation ends at a page without access, so that a kernel that leaves its last buffer is stopped there, and the report
 //! says by how many bytes. CELLREFINE_EMULATOR_MEMORY limits the bytes in all, so that a run can meet a full GPU.
 
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::ptr;
@@ -27,7 +27,9 @@ impl HostMemory {
     pub(super) fn open() -> Result<Self> {
         let limit = std::env::var("CELLREFINE_EMULATOR_MEMORY").ok().map(|text| {
             text.parse().map_err(|_| {
-                Error::usage("not a number of bytes").at("CELLREFINE_EMULATOR_MEMORY").found(text)
+                Error::new(Code::EmulatorVariable, "not a number of bytes")
+                    .at("CELLREFINE_EMULATOR_MEMORY")
+                    .found(text)
             })
         });
         Ok(HostMemory { limit: limit.transpose()?, live: Mutex::default() })

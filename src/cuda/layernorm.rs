@@ -4,7 +4,7 @@ use super::functions::{layernorm_backward, layernorm_forward, reduce_columns};
 use super::workspace::bytes;
 use super::{Cuda, Grid};
 use crate::device::Act;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::ops::layernorm::{BackwardIn, Dims, Gradients, In, LayerNorm, Out};
 
 /// Warps of a block; each owns a row at a time.
@@ -21,7 +21,7 @@ const MOST_BLOCKS: usize = 1024;
 pub(super) fn warps(row_bytes: usize) -> Result<usize> {
     let warps = (SHARED_BYTES / row_bytes).min(WARPS);
     if warps == 0 {
-        return Err(Error::usage("the model is too wide for the LayerNorm kernels")
+        return Err(Error::new(Code::KernelShape, "the model is too wide for the LayerNorm kernels")
             .found(format!("{row_bytes} bytes of shared memory per row"))
             .wanted(format!("at most {SHARED_BYTES}")));
     }

@@ -2,7 +2,7 @@
 
 use super::functions::structure;
 use super::{Buf, Cuda, Grid};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::ops::structure::{Dims, Structure};
 
 /// Warps of a block; each owns a prototype. Few, because prototypes are few and every multiprocessor should have some.
@@ -23,9 +23,12 @@ impl Structure for Cuda {
         let row_bytes = 2 * width.next_multiple_of(8) * 4;
         let warps = (SHARED_BYTES / row_bytes.max(1)).min(WARPS);
         if warps == 0 {
-            return Err(Error::usage("the prototypes are too wide for the structure kernel")
-                .found(format!("{row_bytes} bytes of shared memory per prototype"))
-                .wanted(format!("at most {SHARED_BYTES}")));
+            return Err(Error::new(
+                Code::KernelShape,
+                "the prototypes are too wide for the structure kernel",
+            )
+            .found(format!("{row_bytes} bytes of shared memory per prototype"))
+            .wanted(format!("at most {SHARED_BYTES}")));
         }
         let pairs = prototypes as f32 * (prototypes.max(2) - 1) as f32;
         let grid = Grid::line(prototypes.div_ceil(warps), 32 * warps as u32).shared(warps * row_bytes);

@@ -12,7 +12,7 @@ use super::request::MarkerChoice;
 use super::zero_shot::{Evidence, top};
 use crate::corpus::Corpus;
 use crate::device::Act;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::objective::PrototypeMode;
 use crate::ops::Backend;
 use std::collections::BTreeMap;
@@ -75,7 +75,7 @@ pub fn annotate<B: Backend<A>, A: Act>(
     progress: impl Fn(u64),
 ) -> Result<Annotation> {
     if request.top == 0 {
-        return Err(Error::usage("--top is the number of labels a cell: at least 1"));
+        return Err(Error::new(Code::FlagValue, "--top is the number of labels a cell: at least 1"));
     }
     let corpus = &request.corpus;
     let mut embedder = Embedder::<B, A>::open(dev, &request.checkpoint, corpus.clone(), &request.embed)?;

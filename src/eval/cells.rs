@@ -2,7 +2,7 @@
 
 use super::request::{Part, Request, choose_split};
 use crate::corpus::{Labels, Split};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 
 pub(super) struct Cells {
     pub split: Split,
@@ -71,14 +71,18 @@ fn check(request: &Request, split: &Split, visible: &[usize], test: &[u32]) -> R
             Part::Test => ("test", "train=0.67,test=0.33"),
             Part::Val => ("validation", "train=0.5,val=0.17,test=0.33"),
         };
-        return Err(at(Error::input("the split leaves no labelled cells to train or test on"))
-            .found(format!("{} labelled training cells, {} labelled {part} cells", visible.len(), test.len()))
-            .next(format!("--split {example} (the corpus has {} cells)", request.corpus.cells())));
+        return Err(at(Error::new(
+            Code::NoLabelledCells,
+            "the split leaves no labelled cells to train or test on",
+        ))
+        .found(format!("{} labelled training cells, {} labelled {part} cells", visible.len(), test.len()))
+        .next(format!("--split {example} (the corpus has {} cells)", request.corpus.cells())));
     }
     let first = visible[0];
     if visible.iter().all(|&l| l == first) {
         let all = split.labels.as_ref().map_or(1, |l| l.classes.len());
-        return Err(at(Error::input(
+        return Err(at(Error::new(
+            Code::SplitClasses,
             "the training part holds a single class: there is nothing to tell apart",
         ))
         .found(format!("{all} class(es) in the column, one among the labelled training cells"))

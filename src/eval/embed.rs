@@ -10,7 +10,7 @@ use super::provenance::{Provenance, weights_sha256};
 use super::zero_shot::top;
 use crate::corpus::{BatchOptions, Corpus};
 use crate::device::Act;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::genes::Vocab;
 use crate::model::checkpoint::{self, LoadOptions};
 use crate::model::config::Vocabulary;
@@ -68,8 +68,11 @@ impl<B: Backend<A>, A: Act> Embedder<B, A> {
         let pooling = options.pooling.unwrap_or(config.pooling);
         let depth = config.depth(layer)?;
         if pooling == Pooling::Cls && config.vocabulary.cls.is_none() && options.pooling.is_some() {
-            return Err(Error::usage("--pool cls needs a <cls> token, and the vocabulary has none")
-                .next("--pool mean"));
+            return Err(Error::new(
+                Code::FlagConflict,
+                "--pool cls needs a <cls> token, and the vocabulary has none",
+            )
+            .next("--pool mean"));
         }
         let batch = batch_options(&config, &corpus, options)?;
         let capacity = Capacity { tokens: batch.tokens, cells: batch.cells };
@@ -261,15 +264,18 @@ fn batch_options(config: &ModelConfig, corpus: &Corpus, options: &EmbedOptions) 
     let special = config.prefix() + config.suffix();
     let max_tokens = options.max_tokens.unwrap_or(config.positions);
     if max_tokens > config.positions || max_tokens <= special {
-        return Err(Error::usage("--max-tokens does not fit the model's context")
+        return Err(Error::new(Code::SettingValue, "--max-tokens does not fit the model's context")
             .found(max_tokens)
             .wanted(format!("{} to {}", special + 1, config.positions)));
     }
     if config.value_bins > 0 && !corpus.manifest().values {
-        return Err(Error::input("the network reads expression values and the corpus stores none")
-            .at(corpus.path().display())
-            .found(format!("value_bins = {} in config.json", config.value_bins))
-            .next("pack the corpus again with --values"));
+        return Err(Error::new(
+            Code::ValuesMissing,
+            "the network reads expression values and the corpus stores none",
+        )
+        .at(corpus.path().display())
+        .found(format!("value_bins = {} in config.json", config.value_bins))
+        .next("pack the corpus again with --values"));
     }
     let tokens = options.batch_tokens.unwrap_or(BATCH_TOKENS).max(max_tokens);
     Ok(BatchOptions {

@@ -18,7 +18,7 @@ use super::types::Types;
 use super::zero_shot::{Evidence, combine, top, with_markers};
 use crate::corpus::Corpus;
 use crate::device::Act;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::model::checkpoint;
 use crate::model::heads;
 use crate::ops::Backend;
@@ -70,8 +70,10 @@ pub fn evaluate<B: Backend<A>, A: Act>(
     answers.add("knn", &frozen.knn_predictions)?;
     let evidence = match request.evidence {
         Some(e) if !recall.iter().any(|(have, _)| *have == e) => {
-            return combine(e, types.cosines.as_deref(), types.markers.as_deref())
-                .and(Err(Error::input("no test cell has a type with a prototype or marker set")));
+            return combine(e, types.cosines.as_deref(), types.markers.as_deref()).and(Err(Error::new(
+                Code::NoLabelledCells,
+                "no test cell has a type with a prototype or marker set",
+            )));
         }
         Some(e) => Some(e),
         None => recall.first().map(|(e, _)| *e),
@@ -221,7 +223,8 @@ fn mix(corpus: &Corpus, key: &str, cells: &[u32], types: &[usize], rows: Rows, s
     let mut chosen: Vec<usize> =
         (0..cells.len()).filter(|&i| batches.codes[cells[i] as usize] >= 0).collect();
     if chosen.is_empty() {
-        return Err(Error::input("no cell has a value in the batch column").at(format!("obs column {key:?}")));
+        return Err(Error::new(Code::ObsValueMissing, "no cell has a value in the batch column")
+            .at(format!("obs column {key:?}")));
     }
     if chosen.len() > MIXING_CELLS {
         Philox::new(seed, (1 << 31) + 1, site::EVAL).shuffle(&mut chosen);

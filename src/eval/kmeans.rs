@@ -5,7 +5,7 @@
 //! distances go to the lowest centre. A cluster that loses all its cells restarts at the cell farthest from its centre.
 
 use super::rows::{Rows, product_abt};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::rng::{Philox, site};
 use rayon::prelude::*;
 
@@ -48,7 +48,7 @@ pub struct Clusters {
 pub fn kmeans(rows: Rows, settings: KMeans) -> Result<Clusters> {
     let (n, k) = (rows.count(), settings.clusters);
     if k == 0 || n < k {
-        return Err(Error::input("k-means needs at least as many cells as clusters")
+        return Err(Error::new(Code::TooFewCells, "k-means needs at least as many cells as clusters")
             .found(format!("{n} cells, {k} clusters")));
     }
     // Centred columns: inertia is a difference of large numbers otherwise.

@@ -9,7 +9,7 @@
 //! go to the lowest class, as in scikit-learn (uniform weights). On unit rows the order is that of the cosine.
 
 use super::rows::{BLOCK, Rows, product_abt, same_length};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use rayon::prelude::*;
 
 /// Neighbours of each query: `k` per query, nearest first.
@@ -85,7 +85,7 @@ pub fn nearest(train: Rows, query: Rows, k: usize, skip_self: bool) -> Result<Ne
 pub fn classify(train: Rows, labels: &[usize], query: Rows, classes: usize, k: usize) -> Result<Vec<usize>> {
     same_length("kNN", train.count(), labels.len())?;
     if train.count() == 0 || k == 0 {
-        return Err(Error::input("kNN needs at least one training cell and k ≥ 1")
+        return Err(Error::new(Code::TooFewCells, "kNN needs at least one training cell and k ≥ 1")
             .found(format!("{} cells, k = {k}", train.count())));
     }
     let neighbours = nearest(train, query, k, false)?;

@@ -11,7 +11,7 @@ use super::rows::Rows;
 use super::zero_shot::{Evidence, MarkerScale, TEMPERATURE, combine, cosines, posterior};
 use crate::corpus::{Corpus, Split};
 use crate::device::Act;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::genes::marker_score::marker_scores;
 use crate::genes::markers::MarkerSets;
 use crate::objective::{PrototypeMode, StoredPrototypes};
@@ -166,9 +166,8 @@ fn types<B: Backend<A>, A: Act>(
     }
     let mode = request.prototypes.unwrap_or(PrototypeMode::Cells);
     if mode == PrototypeMode::Labels {
-        return Err(
-            Error::usage("annotation has no labels to make prototypes from").next("--prototypes cells")
-        );
+        return Err(Error::new(Code::FlagConflict, "annotation has no labels to make prototypes from")
+            .next("--prototypes cells"));
     }
     let rows = embedder.collect(reference, progress)?;
     let scores = marker_scores(&request.corpus, reference, &sets)?;

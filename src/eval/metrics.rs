@@ -11,7 +11,7 @@
 //! how rare classes fare whatever the test set holds of them.
 
 use super::rows::same_length;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use serde::Serialize;
 
 /// Scores of one class.
@@ -62,7 +62,8 @@ pub fn confusion(truth: &[usize], predicted: &[usize], classes: usize) -> Result
 pub fn classification(truth: &[usize], predicted: &[usize], classes: usize) -> Result<Classification> {
     let counts = confusion(truth, predicted, classes)?;
     if truth.is_empty() {
-        return Err(Error::input("there are no labelled cells to score").next("check --label and the split"));
+        return Err(Error::new(Code::NoLabelledCells, "there are no labelled cells to score")
+            .next("check --label and the split"));
     }
     let mut per_class = Vec::new();
     let mut right = 0;

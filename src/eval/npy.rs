@@ -8,7 +8,7 @@
 //! and an fsync are behind it. Cell ids go to a text file beside it, one a line, in the same order.
 
 use super::pending::Pending;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -34,7 +34,7 @@ pub fn ids_path(npy: &Path) -> PathBuf {
 /// Refuses rows (n, D) that hold a value that is not finite, naming the cell.
 pub(crate) fn check_finite<S: AsRef<str>>(values: &[f32], width: usize, ids: &[S]) -> Result<()> {
     let Some(i) = values.iter().position(|x| !x.is_finite()) else { return Ok(()) };
-    Err(Error::input("an embedding holds a value that is not finite")
+    Err(Error::new(Code::EmbeddingNotFinite, "an embedding holds a value that is not finite")
         .at(format!("cell {:?}, column {}", ids[i / width].as_ref(), i % width))
         .found(values[i])
         .next("check the checkpoint with `cellrefine inspect`; a run that diverged leaves such weights"))
@@ -71,8 +71,11 @@ impl NpyWriter {
         for id in ids {
             let id = id.as_ref();
             if id.contains(['\n', '\r']) {
-                return Err(Error::input("a cell id holds a line break; one id a line cannot hold it")
-                    .found(format!("{id:?}")));
+                return Err(Error::new(
+                    Code::CellRefused,
+                    "a cell id holds a line break; one id a line cannot hold it",
+                )
+                .found(format!("{id:?}")));
             }
             self.ids.write(id.as_bytes())?;
             self.ids.write(b"\n")?;
@@ -107,7 +110,7 @@ pub fn read(path: &Path) -> Result<Array> {
     let mut file = File::open(path).map_err(|e| Error::io(path, "open the array", &e))?;
     let size = file.metadata().map_err(|e| Error::io(path, "read the size", &e))?.len() as usize;
     let bad = |found: String| {
-        Error::input("not a .npy array that can be used here")
+        Error::new(Code::NpyDamaged, "not a .npy array that can be used here")
             .at(path.display())
             .found(found)
             .wanted("NumPy format 1.0, '<f4', C order, two dimensions, all its data")

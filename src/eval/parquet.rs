@@ -9,7 +9,7 @@
 use super::npy::check_finite;
 use super::pending::Pending;
 use super::provenance::Provenance;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use arrow_array::{ArrayRef, FixedSizeListArray, Float32Array, RecordBatch, StringArray};
 use arrow_schema::{DataType, Field, Schema};
 use parquet::arrow::ArrowWriter;
@@ -83,5 +83,5 @@ impl ParquetWriter {
 }
 
 fn failed(e: parquet::errors::ParquetError) -> Error {
-    Error::environment("cannot write the Parquet file").found(e).next("is the disk full?")
+    Error::new(Code::WriteFailed, "cannot write the Parquet file").found(e).next("is the disk full?")
 }

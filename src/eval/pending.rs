@@ -1,6 +1,6 @@
 //! Outputs that appear whole or not at all: written beside their place under a hidden name, synced, renamed.
 
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -14,8 +14,9 @@ pub(crate) struct Pending {
 
 impl Pending {
     pub(crate) fn create(path: &Path) -> Result<Self> {
-        let name =
-            path.file_name().ok_or_else(|| Error::usage("an output needs a file name").at(path.display()))?;
+        let name = path
+            .file_name()
+            .ok_or_else(|| Error::new(Code::OutputName, "an output needs a file name").at(path.display()))?;
         let mut hidden = std::ffi::OsString::from(".");
         hidden.push(name);
         hidden.push(format!(".{}.tmp", std::process::id()));

@@ -12,7 +12,7 @@
 use super::lbfgs::{Stop, minimise};
 use super::rows::{Rows, product_abt, product_atb, same_length};
 use super::silhouette::compact;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use rayon::prelude::*;
 
 /// Settings of [`Probe::fit`].
@@ -81,8 +81,11 @@ impl Probe {
     pub fn fit(rows: Rows, labels: &[usize], settings: ProbeSettings) -> Result<Probe> {
         same_length("linear probe", rows.count(), labels.len())?;
         if labels.is_empty() || settings.c <= 0.0 {
-            return Err(Error::input("a linear probe needs at least one labelled training cell and C > 0")
-                .found(format!("{} cells, C = {}", labels.len(), settings.c)));
+            return Err(Error::new(
+                Code::TooFewCells,
+                "a linear probe needs at least one labelled training cell and C > 0",
+            )
+            .found(format!("{} cells, C = {}", labels.len(), settings.c)));
         }
         let (mean, scale) = standardisation(rows);
         let mut classes = labels.to_vec();

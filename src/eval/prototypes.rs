@@ -4,7 +4,7 @@ use super::embed::Embedder;
 use super::request::Request;
 use super::rows::Rows;
 use crate::device::Act;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::genes::marker_score::Standardiser;
 use crate::genes::markers::MarkerSets;
 use crate::objective::prototypes::{Sources, initial};
@@ -35,7 +35,8 @@ pub(super) fn make_prototypes<B: Backend<A>, A: Act>(
     };
     let empty = MarkerSets { names: names.to_vec(), sets: vec![Vec::new(); names.len()] };
     if markers.is_none() && mode != PrototypeMode::Labels {
-        return Err(Error::usage("these prototypes are made from marker sets").next("--markers M.gmt"));
+        return Err(Error::new(Code::MarkersNeeded, "these prototypes are made from marker sets")
+            .next("--markers M.gmt"));
     }
     let (vectors, centre) = build_prototypes(
         embedder,

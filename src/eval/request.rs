@@ -6,7 +6,7 @@ use super::metrics::ShareThresholds;
 use super::zero_shot::Evidence;
 use crate::corpus::splits::{SplitRecord, SplitRule};
 use crate::corpus::{Corpus, Split, SplitSpec};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::genes::Vocab;
 use crate::genes::markers::read_marker_map;
 use crate::genes::markers_file::RawSets;
@@ -115,7 +115,9 @@ pub fn choose_split(
         Split::make(corpus, &spec)
     };
     match (&choice.split, &choice.holdout) {
-        (Some(_), Some(_)) => return Err(Error::usage("--split and --holdout exclude each other")),
+        (Some(_), Some(_)) => {
+            return Err(Error::new(Code::FlagConflict, "--split and --holdout exclude each other"));
+        }
         (Some(text), None) => return Ok((fresh(SplitRule::parse_fractions(text)?)?, "flags".into())),
         (None, Some(text)) => return Ok((fresh(SplitRule::parse_holdout(text, 0.0)?)?, "flags".into())),
         (None, None) => {}
@@ -131,11 +133,14 @@ pub fn choose_split(
         Some((place, r)) => {
             let mut split = Split::restore(corpus, &r)?;
             if !choice.exclude.is_empty() && choice.exclude != r.spec.exclude {
-                return Err(Error::usage("the run divided its cells with other labels left out")
-                    .at(place.display())
-                    .found(format!("--exclude-label {}", choice.exclude.join(", ")))
-                    .wanted(format!("{:?}, as in that run", r.spec.exclude))
-                    .next("leave --exclude-label out, or give --split for a new division"));
+                return Err(Error::new(
+                    Code::SplitOther,
+                    "the run divided its cells with other labels left out",
+                )
+                .at(place.display())
+                .found(format!("--exclude-label {}", choice.exclude.join(", ")))
+                .wanted(format!("{:?}, as in that run", r.spec.exclude))
+                .next("leave --exclude-label out, or give --split for a new division"));
             }
             if choice.labels_per_class.is_some() && choice.labels_per_class != r.spec.labels_per_class {
                 split =
@@ -155,7 +160,9 @@ pub(super) fn recorded(checkpoint: &Path) -> Result<Option<(PathBuf, SplitRecord
     };
     let text = std::fs::read_to_string(&place).map_err(|e| Error::io(&place, "read the run's split", &e))?;
     let record = serde_json::from_str(&text).map_err(|e| {
-        Error::input("the split's record cannot be read").at(place.display()).found(e.to_string())
+        Error::new(Code::SplitRecord, "the split's record cannot be read")
+            .at(place.display())
+            .found(e.to_string())
     })?;
     Ok(Some((place, record)))
 }

@@ -4,7 +4,7 @@
 //! look again, which is why no measure in `eval` has a NaN rule of its own. Products run in f64 over blocks of a fixed
 //! size, so results carry no rounding of f32 sums and no trace of the number of threads.
 
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use gemm::Parallelism;
 use rayon::prelude::*;
 
@@ -27,13 +27,16 @@ impl<'a> Rows<'a> {
                 .wanted(format!("a multiple of the row width {width}")));
         }
         if let Some(i) = values.iter().position(|x| !x.is_finite()) {
-            return Err(Error::input("the embeddings hold a value that is not finite")
-                .at(format!("row {}, column {}", i / width, i % width))
-                .found(values[i])
-                .wanted("finite numbers")
-                .next(
-                    "check the checkpoint with `cellrefine inspect`; a run that diverged leaves such weights",
-                ));
+            return Err(Error::new(
+                Code::EmbeddingNotFinite,
+                "the embeddings hold a value that is not finite",
+            )
+            .at(format!("row {}, column {}", i / width, i % width))
+            .found(values[i])
+            .wanted("finite numbers")
+            .next(
+                "check the checkpoint with `cellrefine inspect`; a run that diverged leaves such weights",
+            ));
         }
         Ok(Rows { values, width })
     }

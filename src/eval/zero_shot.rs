@@ -15,7 +15,7 @@
 //! scores depend on the cell and the reference, never on the other cells asked about.
 
 use super::rows::{BLOCK, Rows, centred_unit_rows, product_abt, same_length};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use rayon::prelude::*;
 use serde::Serialize;
 
@@ -99,7 +99,8 @@ impl MarkerScale {
 /// s (C, P): the evidence asked for out of cosines and scaled marker scores, (C, P) each.
 pub fn combine(evidence: Evidence, cosines: Option<&[f32]>, markers: Option<&[f32]>) -> Result<Vec<f32>> {
     let need = |e: Option<&[f32]>, what: &str, next: &str| {
-        e.map(<[f32]>::to_vec).ok_or_else(|| Error::usage(format!("this evidence needs {what}")).next(next))
+        e.map(<[f32]>::to_vec)
+            .ok_or_else(|| Error::new(Code::MarkersNeeded, format!("this evidence needs {what}")).next(next))
     };
     let prototype =
         || need(cosines, "prototypes", "give a refined checkpoint, or --markers to make prototypes from");

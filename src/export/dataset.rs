@@ -6,7 +6,7 @@
 //! cells. Record batches of 1,000 cells are written one by one, so memory does not grow with the corpus.
 
 use crate::corpus::{Corpus, ObsKind};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::genes::Vocab;
 use crate::import::hf_dataset::VOCABULARY_KEY;
 use crate::model::checkpoint::{publish, write_synced};
@@ -70,7 +70,7 @@ pub fn export(
     progress: &dyn Fn(u64),
 ) -> Result<Exported> {
     if out.exists() {
-        return Err(Error::usage("the output exists already")
+        return Err(Error::new(Code::OutputExists, "the output exists already")
             .at(out.display())
             .next("name another --out, or remove the folder"));
     }
@@ -79,7 +79,7 @@ pub fn export(
     let around = usize::from(specials.cls.is_some()) + usize::from(specials.eos.is_some());
     let max_tokens = max_tokens.unwrap_or(if specials.cls.is_some() { 4096 } else { 2048 });
     if max_tokens != 0 && max_tokens <= around {
-        return Err(Error::usage("--max-tokens leaves no room for a gene")
+        return Err(Error::new(Code::SettingValue, "--max-tokens leaves no room for a gene")
             .found(max_tokens)
             .wanted(format!("more than the {around} special tokens of a cell")));
     }
@@ -101,7 +101,7 @@ pub fn export(
         for (name, cells) in names.iter().zip(&files) {
             let path = folder.join(name);
             let failed = |e: arrow_schema::ArrowError| {
-                Error::environment("cannot write the data set").at(path.display()).found(e)
+                Error::new(Code::WriteFailed, "cannot write the data set").at(path.display()).found(e)
             };
             let file = File::create(&path).map_err(|e| Error::io(&path, "write the data set", &e))?;
             let mut writer =

@@ -10,7 +10,7 @@
 //! | `markers.gmt` | the marker sets of the prototypes, where they are given |
 
 use super::pickle::{Number, dictionary};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::genes::markers_file::MarkerFile;
 use crate::genes::vocab::{Vocab, is_special};
 use crate::model::checkpoint::{CONFIG, ModelTensors, VOCABULARY, WEIGHTS, publish, resolve, write_synced};
@@ -42,7 +42,7 @@ pub struct Exported {
 /// Input: no checkpoint, or a broken one; a vocabulary or marker sets that do not fit it. Usage: `out` exists.
 pub fn export(path: &Path, out: &Path, markers: Option<&Path>) -> Result<Exported> {
     if out.exists() {
-        return Err(Error::usage("the output exists already")
+        return Err(Error::new(Code::OutputExists, "the output exists already")
             .at(out.display())
             .next("name another --out, or remove the folder"));
     }
@@ -56,10 +56,13 @@ pub fn export(path: &Path, out: &Path, markers: Option<&Path>) -> Result<Exporte
     let vocab = vocabulary.is_file().then(|| Vocab::load(&vocabulary)).transpose()?;
     match &vocab {
         Some(vocab) if vocab.len() != model.config.vocab => {
-            return Err(Error::input("the vocabulary beside the checkpoint does not fit it")
-                .at(vocabulary.display())
-                .found(format!("{} tokens", vocab.len()))
-                .wanted(format!("{}, as the word table has rows", model.config.vocab)));
+            return Err(Error::new(
+                Code::CheckpointVocabulary,
+                "the vocabulary beside the checkpoint does not fit it",
+            )
+            .at(vocabulary.display())
+            .found(format!("{} tokens", vocab.len()))
+            .wanted(format!("{}, as the word table has rows", model.config.vocab)));
         }
         Some(_) => {}
         None => notes.push("the checkpoint has no vocab.tsv: no dictionaries were written".to_string()),
@@ -109,9 +112,11 @@ pub fn export(path: &Path, out: &Path, markers: Option<&Path>) -> Result<Exporte
 fn check_markers(file: &Path, prototypes: Option<&StoredPrototypes>) -> Result<()> {
     let sets = MarkerFile::load(file)?.sets;
     let Some(prototypes) = prototypes else {
-        return Err(
-            Error::usage("--markers belongs to prototypes, and the checkpoint has none").at(file.display())
-        );
+        return Err(Error::new(
+            Code::FlagConflict,
+            "--markers belongs to prototypes, and the checkpoint has none",
+        )
+        .at(file.display()));
     };
     // Labels meet sets by letters and digits, as everywhere.
     let plain = |name: &str| {
@@ -123,7 +128,7 @@ fn check_markers(file: &Path, prototypes: Option<&StoredPrototypes>) -> Result<(
     if without.is_empty() {
         return Ok(());
     }
-    Err(Error::input("prototypes without a marker set")
+    Err(Error::new(Code::MarkerLabels, "prototypes without a marker set")
         .at(file.display())
         .found(without.join(", "))
         .wanted("a set for every prototype, by name")

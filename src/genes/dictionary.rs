@@ -6,7 +6,7 @@
 use super::mapping::{SymbolMap, ensembl_id, read_text};
 pub use super::pickle::Scalar;
 use super::vocab::{Vocab, clip, is_special};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use std::collections::HashMap;
 use std::path::Path;
 
@@ -32,7 +32,7 @@ pub fn convert(tokens: &Path, medians: Option<&Path>, symbols: Option<&Path>) ->
     let mut notes = Vec::new();
     let mut vocab = if is_our_vocabulary(tokens)? {
         if let Some(medians) = medians {
-            return Err(Error::usage("a vocabulary of ours already has medians")
+            return Err(Error::new(Code::FlagConflict, "a vocabulary of ours already has medians")
                 .at(tokens.display())
                 .found(medians.display()));
         }
@@ -64,7 +64,7 @@ fn from_dictionaries(tokens: &Path, medians: Option<&Path>, notes: &mut Vec<Stri
             Scalar::Int(v) => v as f64,
             Scalar::Float(v) => v,
             Scalar::Text(t) => {
-                return Err(Error::input(format!("the median of {key} is no number"))
+                return Err(Error::new(Code::DictionaryMedians, format!("the median of {key} is no number"))
                     .at(path.display())
                     .found(format!("{t:?}")));
             }
@@ -82,11 +82,16 @@ fn from_dictionaries(tokens: &Path, medians: Option<&Path>, notes: &mut Vec<Stri
         }
     }
     if let Some(first) = without.first() {
-        return Err(Error::input(format!("{} of {} genes have no median", without.len(), name_of_id.len()))
-            .at(path.display())
-            .found(format!("no entry for {first}"))
-            .wanted("a median for every gene of the token dictionary")
-            .next("give the median dictionary that belongs to the token dictionary (the 95M and 104M files differ)"));
+        return Err(Error::new(
+            Code::DictionaryMedians,
+            format!("{} of {} genes have no median", without.len(), name_of_id.len()),
+        )
+        .at(path.display())
+        .found(format!("no entry for {first}"))
+        .wanted("a median for every gene of the token dictionary")
+        .next(
+            "give the median dictionary that belongs to the token dictionary (the 95M and 104M files differ)",
+        ));
     }
     if !of_gene.is_empty() {
         notes.push(format!("{} medians of genes without a token were left out", of_gene.len()));
@@ -103,7 +108,7 @@ fn token_ids(path: &Path) -> Result<Vec<String>> {
     let mut name_of_id: Vec<Option<String>> = vec![None; pairs.len()];
     for (name, value) in pairs {
         let Scalar::Int(id) = value else {
-            return Err(Error::input(format!("the id of {name:?} is no integer"))
+            return Err(Error::new(Code::DictionaryIds, format!("the id of {name:?} is no integer"))
                 .at(path.display())
                 .found(format!("{value:?}"))
                 .wanted("token → integer id")
@@ -113,12 +118,12 @@ fn token_ids(path: &Path) -> Result<Vec<String>> {
         let place = usize::try_from(id).ok().and_then(|id| name_of_id.get_mut(id));
         match place {
             None => {
-                return Err(Error::input("token ids must be 0, 1, 2, … without gaps")
+                return Err(Error::new(Code::DictionaryIds, "token ids must be 0, 1, 2, … without gaps")
                     .at(path.display())
                     .found(format!("id {id} of {name:?} among {count} tokens")));
             }
             Some(Some(other)) => {
-                return Err(Error::input(format!("two tokens have the id {id}"))
+                return Err(Error::new(Code::DictionaryIds, format!("two tokens have the id {id}"))
                     .at(path.display())
                     .found(format!("{other:?} and {name:?}")));
             }
@@ -136,7 +141,7 @@ fn symbol_pairs(path: &Path) -> Result<Vec<(String, String)>> {
         let pairs = read_pairs(path)?.into_iter().map(|(key, value)| match value {
             Scalar::Text(text) if ensembl_id(&key).is_some() => Ok((key, text)),
             Scalar::Text(text) => Ok((text, key)),
-            other => Err(Error::input(format!("{key} does not map to a name"))
+            other => Err(Error::new(Code::DictionaryForm, format!("{key} does not map to a name"))
                 .at(path.display())
                 .found(format!("{other:?}"))),
         });
@@ -166,10 +171,12 @@ fn is_our_vocabulary(path: &Path) -> Result<bool> {
 pub fn read_pairs(path: &Path) -> Result<Vec<(String, Scalar)>> {
     let size = std::fs::metadata(path).map_err(|e| Error::io(path, "read the dictionary", &e))?;
     if size.is_dir() {
-        return Err(Error::input("a dictionary file was wanted, this is a folder").at(path.display()));
+        return Err(
+            Error::new(Code::FileKind, "a dictionary file was wanted, this is a folder").at(path.display())
+        );
     }
     if size.len() > LIMIT_BYTES {
-        return Err(Error::input("too large for a gene dictionary")
+        return Err(Error::new(Code::FileTooLarge, "too large for a gene dictionary")
             .at(path.display())
             .found(format!("{} bytes", size.len()))
             .wanted(format!("at most {LIMIT_BYTES} bytes")));
@@ -179,18 +186,18 @@ pub fn read_pairs(path: &Path) -> Result<Vec<(String, Scalar)>> {
     let looks_pickled =
         start.first() == Some(&0x80) || path.extension().is_some_and(|e| e == "pkl" || e == "pickle");
     let pairs = if first.is_none() {
-        return Err(Error::input("the dictionary is empty").at(path.display()));
+        return Err(Error::new(Code::DictionaryForm, "the dictionary is empty").at(path.display()));
     } else if looks_pickled {
         let bytes = std::fs::read(path).map_err(|e| Error::io(path, "read the dictionary", &e))?;
         super::pickle::read_dictionary(&bytes).map_err(|e| {
-            Error::input("this pickle cannot be read").at(path.display()).found(e).wanted("a dictionary of names to numbers").next(
+            Error::new(Code::PickleRefused, "this pickle cannot be read").at(path.display()).found(e).wanted("a dictionary of names to numbers").next(
                 "convert it where Python is at hand: json.dump({k: v.item() if hasattr(v, 'item') else v for k, v in d.items()}, f)",
             )
         })?
     } else if first == Some(b'{') {
         let text = read_text(path)?;
         parse_json(&text).map_err(|e| {
-            Error::input("this JSON cannot be read")
+            Error::new(Code::NotJson, "this JSON cannot be read")
                 .at(path.display())
                 .found(e)
                 .wanted("one object of names to numbers")
@@ -200,10 +207,12 @@ pub fn read_pairs(path: &Path) -> Result<Vec<(String, Scalar)>> {
     };
     let mut seen = std::collections::HashSet::with_capacity(pairs.len());
     if let Some((key, _)) = pairs.iter().find(|(key, _)| !seen.insert(key.as_str())) {
-        return Err(Error::input(format!("{key} occurs twice")).at(path.display()).wanted("each name once"));
+        return Err(Error::new(Code::DictionaryForm, format!("{key} occurs twice"))
+            .at(path.display())
+            .wanted("each name once"));
     }
     if pairs.is_empty() {
-        return Err(Error::input("the dictionary has no entries").at(path.display()));
+        return Err(Error::new(Code::DictionaryForm, "the dictionary has no entries").at(path.display()));
     }
     Ok(pairs)
 }
@@ -219,7 +228,7 @@ fn parse_table(text: &str, path: &Path) -> Result<Vec<(String, Scalar)>> {
         let separator = if line.contains('\t') { '\t' } else { ',' };
         let fields: Vec<&str> = line.split(separator).map(str::trim).collect();
         let wrong = || {
-            Error::input("a row of the dictionary is no pair")
+            Error::new(Code::DictionaryForm, "a row of the dictionary is no pair")
                 .at(format!("{}:{}", path.display(), n + 1))
                 .found(format!("{:?}", clip(line, 60)))
                 .wanted("two columns: a name and a number")

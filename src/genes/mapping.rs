@@ -13,7 +13,7 @@
 pub(crate) use super::symbol_map::read_text;
 pub use super::symbol_map::{SymbolMap, ensembl_id};
 use super::vocab::{Match, Vocab};
-use crate::error::{Error, Result, nearest};
+use crate::error::{Code, Error, Result, nearest};
 use std::fmt::Write as _;
 
 /// Names shown per group of the report.
@@ -195,7 +195,7 @@ pub fn map_genes(
         Some(wanted) => {
             let column = columns.iter().find(|c| c.name == wanted).ok_or_else(|| {
                 let hint = nearest(wanted, names()).map_or(String::new(), |n| format!("; did you mean {n}?"));
-                Error::input(format!("there is no gene column {wanted:?}"))
+                Error::new(Code::ColumnMissing, format!("there is no gene column {wanted:?}"))
                     .at(place)
                     .found(format!("text columns {}{hint}", names().collect::<Vec<_>>().join(", ")))
                     .next("name one of these with --genes, or leave --genes out")
@@ -213,7 +213,9 @@ pub fn map_genes(
             best(&mut columns.iter().filter(|c| looks_ensembl(c)))
                 .filter(|m| m.report.share >= options.min_match.max(0.5))
                 .or_else(|| best(&mut columns.iter()))
-                .ok_or_else(|| Error::input("there is no column of gene names").at(place))?
+                .ok_or_else(|| {
+                    Error::new(Code::GeneNamesMissing, "there is no column of gene names").at(place)
+                })?
         }
     };
     if mapping.report.matched == 0 || mapping.report.share < options.min_match {
@@ -256,16 +258,19 @@ fn too_few(
         None => "no column looks like Ensembl: choose the column of symbols with --genes COL, or check the species".to_string(),
     };
     let genes = (0..vocab.len() as u32).filter(|&i| !vocab.is_special(i)).take(3).map(|i| vocab.token(i));
-    Error::input(format!("only {} of {} gene names are in the vocabulary", r.matched, r.entries))
-        .at(format!("{place}, column {}", r.column))
-        .found(format!("names such as {sample}; share {:.3} of what could match", r.share))
-        .wanted(format!(
-            "at least {} of {} (--min-gene-match), names such as {}",
-            options.min_match,
-            r.entries.min(r.vocabulary_genes),
-            genes.collect::<Vec<_>>().join(", ")
-        ))
-        .next(next)
+    Error::new(
+        Code::GenesNotRecognised,
+        format!("only {} of {} gene names are in the vocabulary", r.matched, r.entries),
+    )
+    .at(format!("{place}, column {}", r.column))
+    .found(format!("names such as {sample}; share {:.3} of what could match", r.share))
+    .wanted(format!(
+        "at least {} of {} (--min-gene-match), names such as {}",
+        options.min_match,
+        r.entries.min(r.vocabulary_genes),
+        genes.collect::<Vec<_>>().join(", ")
+    ))
+    .next(next)
 }
 
 impl MappingReport {

@@ -7,7 +7,7 @@
 
 use super::markers_file::RawSets;
 use super::vocab::Vocab;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use std::collections::{BTreeSet, HashMap};
 use std::io::Write;
 use std::path::Path;
@@ -106,7 +106,7 @@ impl MarkerSets {
                 || name.trim() != name
                 || name.is_empty()
             {
-                return Err(Error::input("a class name cannot be the name of a marker set")
+                return Err(Error::new(Code::MarkerSets, "a class name cannot be the name of a marker set")
                     .found(format!("{name:?}"))
                     .wanted("one line without tabs, no # in front, no spaces around"));
             }
@@ -122,8 +122,9 @@ impl MarkerSets {
 
 /// Temporary file beside the target, flushed, then renamed.
 fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
-    let name =
-        path.file_name().ok_or_else(|| Error::usage("the output is not a file name").at(path.display()))?;
+    let name = path
+        .file_name()
+        .ok_or_else(|| Error::new(Code::OutputName, "the output is not a file name").at(path.display()))?;
     let temporary = path.with_file_name(format!(".{}.{}.tmp", name.to_string_lossy(), std::process::id()));
     let write = || {
         let mut file = std::fs::File::create(&temporary)?;
@@ -163,7 +164,7 @@ impl RawSets {
             sets.push(genes.to_vec());
         }
         if problems.len() == classes.len() || (!allow_unmatched && !problems.is_empty()) {
-            return Err(Error::input("labels without a usable marker set")
+            return Err(Error::new(Code::MarkerLabels, "labels without a usable marker set")
                 .at(self.path.display())
                 .found(problems.join("; "))
                 .wanted("a set for every label, by its name, case and punctuation aside")
@@ -177,7 +178,8 @@ impl RawSets {
         let usable = self.sets.iter().filter(|s| !s.genes.is_empty());
         let (names, sets): (Vec<_>, Vec<_>) = usable.map(|s| (s.name.clone(), s.genes.clone())).unzip();
         if names.is_empty() {
-            return Err(Error::input("no marker set has a gene of the vocabulary").at(self.path.display()));
+            return Err(Error::new(Code::MarkerGenesUnknown, "no marker set has a gene of the vocabulary")
+                .at(self.path.display()));
         }
         Ok(MarkerSets::weigh(names, sets))
     }
@@ -200,9 +202,10 @@ impl RawSets {
                 if let Some((_, set)) = map.unwrap_or_default().iter().find(|(label, _)| label == class) {
                     return match exact.get(set.as_str()) {
                         Some(&i) => Ok(Some(i)),
-                        None => Err(Error::input(format!(
-                            "the marker map names a set that does not exist: {set:?}"
-                        ))
+                        None => Err(Error::new(
+                            Code::MarkerMap,
+                            format!("the marker map names a set that does not exist: {set:?}"),
+                        )
                         .at(self.path.display())
                         .found(format!("for label {class:?}; nearest {}", self.nearest(set)))
                         .next("write the set's name as it stands in the marker file")),
@@ -217,7 +220,7 @@ impl RawSets {
                     Some(several) => {
                         let names: Vec<String> =
                             several.iter().map(|&i| format!("{:?}", self.sets[i].name)).collect();
-                        Err(Error::input(format!("label {class:?} fits several marker sets"))
+                        Err(Error::new(Code::MarkerMap, format!("label {class:?} fits several marker sets"))
                             .at(self.path.display())
                             .found(names.join(", "))
                             .next("choose one in a table label<TAB>set: --marker-map FILE"))
@@ -279,18 +282,20 @@ pub fn read_marker_map(path: &Path) -> Result<Vec<(String, String)>> {
         let (label, set) = line.split_once('\t').unwrap_or((line, ""));
         let (label, set) = (label.trim(), set.trim());
         if label.is_empty() || set.is_empty() {
-            return Err(Error::input("a row of the marker map lacks its label or its set")
+            return Err(Error::new(Code::MarkerMap, "a row of the marker map lacks its label or its set")
                 .at(place)
                 .found(format!("{:?}", super::vocab::clip(line, 60)))
                 .wanted("label<TAB>set name"));
         }
         if map.iter().any(|(l, _)| l == label) {
-            return Err(Error::input(format!("the marker map names label {label:?} twice")).at(place));
+            return Err(
+                Error::new(Code::MarkerMap, format!("the marker map names label {label:?} twice")).at(place)
+            );
         }
         map.push((label.into(), set.into()));
     }
     if map.is_empty() {
-        return Err(Error::input("the marker map is empty")
+        return Err(Error::new(Code::MarkerMap, "the marker map is empty")
             .at(path.display())
             .wanted("lines of label<TAB>set name"));
     }

@@ -13,7 +13,7 @@
 
 use super::markers::MarkerSets;
 use crate::corpus::{Corpus, Genes, TrainingCells};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use rayon::prelude::*;
 
 /// Cells summed by one task.
@@ -91,10 +91,13 @@ pub fn derive(corpus: &Corpus, training: &TrainingCells<'_>, top: usize) -> Resu
     let classes = training.classes().len();
     let cells = training.counts();
     if cells.iter().filter(|n| **n > 0).count() < 2 {
-        return Err(Error::input("markers set one class against the rest: two classes are needed")
-            .at(corpus.path().display())
-            .found(format!("{} classes with training cells", cells.iter().filter(|n| **n > 0).count()))
-            .next("name another --label column, or change --split"));
+        return Err(Error::new(
+            Code::MarkersNotDerived,
+            "markers set one class against the rest: two classes are needed",
+        )
+        .at(corpus.path().display())
+        .found(format!("{} classes with training cells", cells.iter().filter(|n| **n > 0).count()))
+        .next("name another --label column, or change --split"));
     }
     let mut by_class = vec![Vec::new(); classes];
     for (&cell, &label) in training.cells().iter().zip(training.labels()) {
@@ -124,7 +127,8 @@ pub fn derive(corpus: &Corpus, training: &TrainingCells<'_>, top: usize) -> Resu
         .map(|(class, &n)| best(class, n as f64, &all, n_all, &means, floor, top))
         .collect();
     if sets.iter().all(|s| s.is_empty()) {
-        return Err(Error::input(
+        return Err(Error::new(
+            Code::MarkersNotDerived,
             "no class has a marker: no gene is more frequent in one class than in the rest",
         )
         .at(corpus.path().display())

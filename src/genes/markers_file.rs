@@ -10,7 +10,7 @@
 
 use super::mapping::SymbolMap;
 use super::vocab::{Match, Vocab, clip};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use std::collections::{HashMap, HashSet};
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -61,7 +61,7 @@ impl MarkerFile {
             let unpacked =
                 flate2::read::MultiGzDecoder::new(whole).take(FILE_MAX_BYTES + 1).read_to_end(&mut bytes);
             unpacked.map_err(|e| {
-                Error::input("the gzip file is damaged or cut off")
+                Error::new(Code::GzipDamaged, "the gzip file is damaged or cut off")
                     .at(path.display())
                     .found(e)
                     .next("copy it again")
@@ -80,7 +80,7 @@ impl MarkerFile {
         for (n, raw) in bytes.split(|&b| b == b'\n').enumerate() {
             let place = |column: usize| format!("{}:{}:{column}", path.display(), n + 1);
             if raw.len() > LINE_MAX_BYTES {
-                return Err(Error::input("a line of the marker file is too long")
+                return Err(Error::new(Code::MarkerLimits, "a line of the marker file is too long")
                     .at(place(1))
                     .found(format!("{} MB without a line break", raw.len() >> 20))
                     .wanted(format!("lines of at most {} MB: one set a line", LINE_MAX_BYTES >> 20)));
@@ -98,7 +98,7 @@ impl MarkerFile {
             }
             let fields: Vec<&str> = line.split('\t').map(str::trim).collect();
             if fields.len() == 1 {
-                return Err(Error::input("a line of the marker file has no tab")
+                return Err(Error::new(Code::MarkerForm, "a line of the marker file has no tab")
                     .at(place(1))
                     .found(format!("{:?}", clip(line, 60)))
                     .wanted(
@@ -106,7 +106,7 @@ impl MarkerFile {
                     ));
             }
             if let Some(long) = fields.iter().find(|f| f.chars().count() > NAME_MAX_CHARS) {
-                return Err(Error::input("a name in the marker file is too long")
+                return Err(Error::new(Code::MarkerLimits, "a name in the marker file is too long")
                     .at(place(1))
                     .found(format!("{} characters: {:?}", long.chars().count(), clip(long, 40)))
                     .wanted(format!("at most {NAME_MAX_CHARS}")));
@@ -122,18 +122,18 @@ impl MarkerFile {
                 None => file.gmt_row(&fields, n + 1, &mut line_of_set, &place(1))?,
             }
             if file.sets.len() > SETS_MAX {
-                return Err(Error::input("too many marker sets")
+                return Err(Error::new(Code::MarkerLimits, "too many marker sets")
                     .at(place(1))
                     .wanted(format!("at most {SETS_MAX}")));
             }
         }
         if bytes.len() as u64 > FILE_MAX_BYTES {
-            return Err(Error::input("the marker file is too large")
+            return Err(Error::new(Code::MarkerLimits, "the marker file is too large")
                 .at(path.display())
                 .wanted(format!("at most {} MB unpacked", FILE_MAX_BYTES >> 20)));
         }
         if file.sets.is_empty() {
-            return Err(Error::input("the marker file holds no set")
+            return Err(Error::new(Code::MarkerForm, "the marker file holds no set")
                 .at(path.display())
                 .found(format!("{} bytes", bytes.len()))
                 .wanted("one line a set: name<TAB>description<TAB>gene<TAB>gene…"));
@@ -151,10 +151,10 @@ impl MarkerFile {
     ) -> Result<()> {
         let name = fields[0];
         if name.is_empty() {
-            return Err(Error::input("a marker set has no name").at(place));
+            return Err(Error::new(Code::MarkerForm, "a marker set has no name").at(place));
         }
         if let Some(first) = line_of_set.insert(name.to_string(), line) {
-            return Err(Error::input(format!("marker set {name:?} occurs twice"))
+            return Err(Error::new(Code::MarkerSets, format!("marker set {name:?} occurs twice"))
                 .at(place)
                 .found(format!("first on line {first}"))
                 .wanted("one line per set")
@@ -177,7 +177,7 @@ impl MarkerFile {
         let field = |i: usize| fields.get(i).copied().unwrap_or("");
         let (name, gene) = (field(columns.set), field(columns.gene));
         if name.is_empty() || gene.is_empty() {
-            return Err(Error::input("a row of the marker table lacks its set or its gene")
+            return Err(Error::new(Code::MarkerForm, "a row of the marker table lacks its set or its gene")
                 .at(place)
                 .found(format!("{:?}", clip(&fields.join("\t"), 60))));
         }
@@ -198,23 +198,27 @@ impl MarkerFile {
         for set in &mut self.sets {
             let place = format!("{}:{}", self.path.display(), set.line);
             if set.genes.is_empty() {
-                return Err(Error::input(format!("marker set {:?} has no genes", set.name))
+                return Err(Error::new(Code::MarkerSets, format!("marker set {:?} has no genes", set.name))
                     .at(place)
                     .wanted("name<TAB>description<TAB>gene<TAB>gene…")
                     .next("add genes, or delete the line"));
             }
             let given = set.genes.iter().filter(|(_, w)| w.is_some()).count();
             if given != 0 && given != set.genes.len() {
-                return Err(Error::input(format!(
-                    "only some genes of marker set {:?} have a weight",
-                    set.name
-                ))
+                return Err(Error::new(
+                    Code::MarkerSets,
+                    format!("only some genes of marker set {:?} have a weight", set.name),
+                )
                 .at(place)
                 .found(format!("{given} of {}", set.genes.len()))
                 .wanted("a weight for every gene of the set, or for none"));
             }
             if given != 0 && set.genes.iter().all(|(_, w)| *w == Some(0.0)) {
-                return Err(Error::input(format!("all weights of marker set {:?} are 0", set.name)).at(place));
+                return Err(Error::new(
+                    Code::MarkerSets,
+                    format!("all weights of marker set {:?} are 0", set.name),
+                )
+                .at(place));
             }
             let mut seen = HashSet::new();
             let before = set.genes.len();
@@ -260,21 +264,24 @@ impl MarkerFile {
             let example =
                 (0..vocab.len() as u32).find(|&t| !vocab.is_special(t)).map_or("", |t| vocab.token(t));
             let symbols = if vocab.has_symbols() { "with symbols" } else { "without symbols" };
-            return Err(Error::input("the vocabulary knows no gene of the marker file")
-                .at(self.path.display())
-                .found(format!("genes such as {}", sample.join(", ")))
-                .wanted(format!(
-                    "genes of the vocabulary ({} genes, {symbols}), such as {example}",
-                    vocab.genes()
-                ))
-                .next("give the symbols' Ensembl ids with --gene-map SYMBOLS.tsv"));
+            return Err(Error::new(
+                Code::MarkerGenesUnknown,
+                "the vocabulary knows no gene of the marker file",
+            )
+            .at(self.path.display())
+            .found(format!("genes such as {}", sample.join(", ")))
+            .wanted(format!(
+                "genes of the vocabulary ({} genes, {symbols}), such as {example}",
+                vocab.genes()
+            ))
+            .next("give the symbols' Ensembl ids with --gene-map SYMBOLS.tsv"));
         }
         Ok(raw)
     }
 }
 
 fn not_text(path: &Path) -> Error {
-    Error::input("this is not a marker file")
+    Error::new(Code::MarkerForm, "this is not a marker file")
         .at(path.display())
         .wanted("UTF-8 text, plain or gzip: GMT, or a table set<TAB>gene[<TAB>weight]")
 }
@@ -284,7 +291,7 @@ fn weight(text: &str) -> Option<f32> {
 }
 
 fn bad_weight(text: &str, place: &str) -> Error {
-    Error::input("a marker weight cannot be used")
+    Error::new(Code::MarkerForm, "a marker weight cannot be used")
         .at(place)
         .found(format!("{text:?}"))
         .wanted("a number of at least 0")

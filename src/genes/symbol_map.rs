@@ -2,7 +2,7 @@
 
 use super::mapping::Found;
 use super::vocab::Vocab;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use std::collections::HashMap;
 use std::io::Read;
 use std::path::Path;
@@ -61,7 +61,7 @@ impl SymbolMap {
                 (Some(id), None) => (b.to_string(), id),
                 (None, None) if pairs.is_empty() && n < 64 && !a.is_empty() && !b.is_empty() => continue,
                 (None, None) => {
-                    return Err(Error::input("a row of the gene map has no Ensembl gene id")
+                    return Err(Error::new(Code::GeneMap, "a row of the gene map has no Ensembl gene id")
                         .at(format!("{}:{}", path.display(), n + 1))
                         .found(format!("{:?}", super::vocab::clip(line, 60)))
                         .wanted("symbol<TAB>Ensembl id, further columns are free"));
@@ -72,7 +72,7 @@ impl SymbolMap {
             }
         }
         if pairs.is_empty() {
-            return Err(Error::input("the gene map holds no pair of symbol and Ensembl id")
+            return Err(Error::new(Code::GeneMap, "the gene map holds no pair of symbol and Ensembl id")
                 .at(path.display())
                 .wanted("lines of symbol<TAB>Ensembl id"));
         }
@@ -119,7 +119,7 @@ pub(crate) fn read_text(path: &Path) -> Result<String> {
     if magic == [0x1f, 0x8b] {
         flate2::read::MultiGzDecoder::new(whole).take(MAP_LIMIT_BYTES + 1).read_to_end(&mut bytes).map_err(
             |e| {
-                Error::input("the gzip file is damaged")
+                Error::new(Code::GzipDamaged, "the gzip file is damaged")
                     .at(path.display())
                     .found(e)
                     .next("copy or download it again")
@@ -129,10 +129,12 @@ pub(crate) fn read_text(path: &Path) -> Result<String> {
         whole.take(MAP_LIMIT_BYTES + 1).read_to_end(&mut bytes).map_err(fail)?;
     }
     if bytes.len() as u64 > MAP_LIMIT_BYTES {
-        return Err(Error::input("the file is too large").at(path.display()).wanted("at most 1 GiB of text"));
+        return Err(Error::new(Code::FileTooLarge, "the file is too large")
+            .at(path.display())
+            .wanted("at most 1 GiB of text"));
     }
     String::from_utf8(bytes).map_err(|e| {
         let line = 1 + e.as_bytes()[..e.utf8_error().valid_up_to()].iter().filter(|&&b| b == b'\n').count();
-        Error::input("the file is not UTF-8 text").at(format!("{}:{line}", path.display()))
+        Error::new(Code::NotText, "the file is not UTF-8 text").at(format!("{}:{line}", path.display()))
     })
 }

@@ -12,7 +12,7 @@
 //! bits of the medians, because a checkpoint depends on these; it leaves symbols out, so that adding symbols to a vocabulary
 //! keeps old checkpoints and corpora usable. Names in angle brackets are special tokens; `<pad>` and `<mask>` must exist.
 
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -74,24 +74,28 @@ impl Vocab {
             return Err(Error::bug("vocabulary columns of different lengths"));
         }
         if token.len() > u32::MAX as usize {
-            return Err(Error::input("a vocabulary holds at most 2^32 - 1 tokens").found(token.len()));
+            return Err(Error::new(Code::VocabularyForm, "a vocabulary holds at most 2^32 - 1 tokens")
+                .found(token.len()));
         }
         let mut id_of_token = HashMap::with_capacity(token.len());
         for (id, name) in token.iter().enumerate() {
             if name.is_empty() || name.contains(['\t', '\n', '\r']) {
-                return Err(Error::input("a token name is empty or holds a tab or a line break")
-                    .at(format!("token id {id}"))
-                    .found(format!("{name:?}")));
+                return Err(Error::new(
+                    Code::VocabularyForm,
+                    "a token name is empty or holds a tab or a line break",
+                )
+                .at(format!("token id {id}"))
+                .found(format!("{name:?}")));
             }
             if let Some(first) = id_of_token.insert(name.clone(), id as u32) {
-                return Err(Error::input(format!("token {name} occurs twice"))
+                return Err(Error::new(Code::VocabularyForm, format!("token {name} occurs twice"))
                     .found(format!("ids {first} and {id}"))
                     .wanted("one id per token"));
             }
             let m = median[id];
             let usable = m.is_finite() && m > 0.0;
             if !is_special(name) && !usable {
-                return Err(Error::input(format!("the median of {name} cannot be used"))
+                return Err(Error::new(Code::VocabularyForm, format!("the median of {name} cannot be used"))
                     .at(format!("token id {id}"))
                     .found(m)
                     .wanted("a positive finite number (ranks are counts divided by it)"));
@@ -100,7 +104,7 @@ impl Vocab {
         let find = |name: &str| id_of_token.get(name).copied();
         let need = |name: &str| {
             find(name).ok_or_else(|| {
-                Error::input(format!("the vocabulary has no {name} token"))
+                Error::new(Code::VocabularyTokens, format!("the vocabulary has no {name} token"))
                     .found(format!("{} tokens, the first is {:?}", token.len(), token.first()))
                     .wanted("special tokens <pad> and <mask> (and, for newer models, <cls> and <eos>)")
                     .next("convert Geneformer's token dictionary, or build one: cellrefine vocab build IN.h5ad --out V.tsv")
@@ -289,20 +293,25 @@ impl Vocab {
                 continue;
             };
             if fields.len() != columns.len() {
-                return Err(Error::input("a vocabulary row has the wrong number of columns")
-                    .at(place(n))
-                    .found(format!("{} in {:?}", fields.len(), clip(line, 60)))
-                    .wanted(format!("{} tab-separated columns", columns.len()))
-                    .next("the file may be cut short; make it again"));
+                return Err(Error::new(
+                    Code::VocabularyForm,
+                    "a vocabulary row has the wrong number of columns",
+                )
+                .at(place(n))
+                .found(format!("{} in {:?}", fields.len(), clip(line, 60)))
+                .wanted(format!("{} tab-separated columns", columns.len()))
+                .next("the file may be cut short; make it again"));
             }
             if fields[1].parse() != Ok(token.len()) {
-                return Err(Error::input("token ids must count up from 0 without gaps")
+                return Err(Error::new(Code::VocabularyForm, "token ids must count up from 0 without gaps")
                     .at(place(n))
                     .found(fields[1])
                     .wanted(token.len()));
             }
             let value: f64 = fields[2].parse().map_err(|_| {
-                Error::input("the median is not a number").at(place(n)).found(format!("{:?}", fields[2]))
+                Error::new(Code::VocabularyForm, "the median is not a number")
+                    .at(place(n))
+                    .found(format!("{:?}", fields[2]))
             })?;
             token.push(fields[0].to_string());
             median.push(value);
@@ -311,14 +320,14 @@ impl Vocab {
             }
         }
         if token.is_empty() {
-            return Err(Error::input("the vocabulary has no tokens").at(path.display()));
+            return Err(Error::new(Code::VocabularyForm, "the vocabulary has no tokens").at(path.display()));
         }
         let vocab = Self::from_parts(token, median, symbol).map_err(|e| {
             let place = e.place().map_or(String::new(), |p| format!(" ({p})"));
             e.at(format!("{}{place}", path.display()))
         })?;
         match recorded {
-            Some(d) if d != vocab.digest => Err(Error::input("the vocabulary does not fit its own digest")
+            Some(d) if d != vocab.digest => Err(Error::new(Code::VocabularyDigest, "the vocabulary does not fit its own digest")
                 .at(path.display())
                 .found(format!("content with digest {}", vocab.digest))
                 .wanted(format!("digest {d}, as its header says"))
@@ -350,7 +359,7 @@ impl Vocab {
     pub fn save(&self, path: impl AsRef<Path>, notes: &[String]) -> Result<()> {
         let path = path.as_ref();
         let Some(name) = path.file_name() else {
-            return Err(Error::usage("the output is not a file name").at(path.display()));
+            return Err(Error::new(Code::OutputName, "the output is not a file name").at(path.display()));
         };
         let mut temporary = name.to_os_string();
         temporary.push(format!(".{}.tmp", std::process::id()));
@@ -373,7 +382,7 @@ impl Vocab {
 }
 
 fn wrong_kind(path: &Path) -> Error {
-    Error::input("this is not a cellrefine vocabulary")
+    Error::new(Code::VocabularyForm, "this is not a cellrefine vocabulary")
         .at(path.display())
         .wanted(format!("a file that starts with {SCHEMA:?}"))
         .next("make one: cellrefine vocab build IN.h5ad --out V.tsv, or cellrefine vocab convert TOKENS MEDIANS --out V.tsv")

@@ -6,7 +6,7 @@
 //! read without the others: an obs column costs its own bytes, not those of the tokens beside it.
 
 use super::hdf5::{NumberKind, NumberType};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use arrow_ipc::{Field, MessageHeader, Precision, Type};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -274,16 +274,13 @@ impl ArrowFile {
         let row = || self.first_row[batch] + from;
         let missing = self.missing(batch, node, buffer, from, rows)?;
         if let Some(at) = missing.iter().position(|&m| m) {
-            return Err(Error::input("a cell has no list of tokens")
+            return Err(Error::new(Code::DatasetTokens, "a cell has no list of tokens")
                 .at(format!("{}, row {} (from 0)", self.path.display(), row() + at as u64))
                 .found("null"));
         }
         if self.batches[batch].missing.get(node + 1).is_some_and(|&n| n > 0) {
-            return Err(Error::input("a list of tokens holds a missing value").at(format!(
-                "{}, the batch from row {}",
-                self.path.display(),
-                self.first_row[batch]
-            )));
+            return Err(Error::new(Code::DatasetTokens, "a list of tokens holds a missing value")
+                .at(format!("{}, the batch from row {}", self.path.display(), self.first_row[batch])));
         }
         let limit = self.batches[batch].buffers.get(buffer + 3).map_or(0, |b| b.1) / item.bytes as u64;
         let offsets = self.offsets(batch, buffer + 1, wide, from, rows, limit)?;
@@ -304,7 +301,7 @@ impl ArrowFile {
 }
 
 fn broken(path: &Path, byte: u64, what: &str) -> Error {
-    Error::input(what)
+    Error::new(Code::ArrowDamaged, what)
         .at(format!("{}, byte {byte}", path.display()))
         .next("the file is damaged or cut short: copy it again, or save it again with datasets' save_to_disk")
 }

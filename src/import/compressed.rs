@@ -1,7 +1,7 @@
 //! The arrays of a CSR or CSC matrix: opened with their lengths checked against each other, read front to back by windows.
 
 use super::hdf5::{Attribute, H5Array, H5Source, Node, NumberKind, NumberType, Stored};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use rayon::prelude::*;
 
 /// Entries decoded at a time where storage is not chunked, or chunked finer.
@@ -22,7 +22,7 @@ pub(super) struct Compressed {
 pub(super) fn number_type(array: &dyn H5Array) -> Result<NumberType> {
     match array.stored() {
         Stored::Number(t) => Ok(*t),
-        other => Err(Error::input("the array does not hold numbers")
+        other => Err(Error::new(Code::SparseParts, "the array does not hold numbers")
             .at(array.place())
             .found(format!("{other:?}"))
             .wanted("integers or floats")),
@@ -47,7 +47,7 @@ pub(super) fn open_sparse(
         "csr_matrix" | "csr" => true,
         "csc_matrix" | "csc" => false,
         other => {
-            return Err(Error::input("the slot holds no matrix that AnnData would write")
+            return Err(Error::new(Code::MatrixMissing, "the slot holds no matrix that AnnData would write")
                 .at(place)
                 .found(format!("encoding-type {other:?}, members {}", source.children(slot)?.join(", ")))
                 .wanted("csr_matrix, csc_matrix, or a dense array"));
@@ -62,7 +62,7 @@ pub(super) fn open_sparse(
             (s[0] as u64, s[1] as u64)
         }
         other => {
-            return Err(Error::input("the sparse matrix has no usable shape")
+            return Err(Error::new(Code::MatrixShape, "the sparse matrix has no usable shape")
                 .at(place)
                 .found(format!("{other:?}"))
                 .wanted("an attribute shape = (cells, genes)"));
@@ -84,19 +84,19 @@ pub(super) fn open_arrays(
     let open = |name: &str| -> Result<(Box<dyn H5Array>, NumberType)> {
         let path = format!("{slot}/{name}");
         if source.node(&path)? != Some(Node::Array) {
-            return Err(Error::input("the sparse matrix lacks one of its arrays")
+            return Err(Error::new(Code::SparseParts, "the sparse matrix lacks one of its arrays")
                 .at(format!("{place}/{name}"))
                 .wanted("arrays data, indices and indptr"));
         }
         let array = source.array(&path)?;
         if array.shape().len() != 1 {
-            return Err(Error::input("an array of a sparse matrix must have one dimension")
+            return Err(Error::new(Code::SparseParts, "an array of a sparse matrix must have one dimension")
                 .at(array.place())
                 .found(format!("shape {:?}", array.shape())));
         }
         let number = number_type(array.as_ref())?;
         if name != "data" && number.kind == NumberKind::Float {
-            return Err(Error::input("indices and offsets must be integers")
+            return Err(Error::new(Code::SparseParts, "indices and offsets must be integers")
                 .at(array.place())
                 .found("floats"));
         }
@@ -106,7 +106,7 @@ pub(super) fn open_arrays(
         (open("data")?, open("indices")?, open("indptr")?);
     let major = if by_rows { rows } else { columns };
     if offsets.shape()[0].checked_sub(1) != Some(major) {
-        return Err(Error::input("indptr does not fit the matrix")
+        return Err(Error::new(Code::SparseOffsets, "indptr does not fit the matrix")
             .at(offsets.place())
             .found(format!("{} offsets", offsets.shape()[0]))
             .wanted(format!(
@@ -117,7 +117,7 @@ pub(super) fn open_arrays(
     }
     let entries = data.shape()[0];
     if indices.shape()[0] != entries {
-        return Err(Error::input("data and indices differ in length")
+        return Err(Error::new(Code::SparseParts, "data and indices differ in length")
             .at(place)
             .found(format!("{entries} values and {} indices", indices.shape()[0]))
             .next("the file is damaged or was cut short while writing"));
@@ -126,7 +126,7 @@ pub(super) fn open_arrays(
     let last = c.offset(major, place)?;
     if last != entries {
         return Err(overflow_hint(
-            Error::input("the last offset is not the number of stored values")
+            Error::new(Code::SparseOffsets, "the last offset is not the number of stored values")
                 .at(c.offsets.place())
                 .found(last)
                 .wanted(entries),
@@ -163,7 +163,7 @@ pub(super) fn decode_index(number: NumberType, raw: &[u8], out: &mut Vec<u32>) {
 /// An array must deliver what its shape says.
 pub(super) fn whole<T>(values: Vec<T>, wanted: u64, place: &str) -> Result<Vec<T>> {
     if values.len() as u64 != wanted {
-        return Err(Error::input("the array ends before its declared length")
+        return Err(Error::new(Code::SparseParts, "the array ends before its declared length")
             .at(place)
             .found(values.len())
             .wanted(wanted));
@@ -184,7 +184,7 @@ impl Compressed {
         match value.first() {
             Some(&v) if v >= 0 => Ok(v as u64),
             other => Err(overflow_hint(
-                Error::input("an offset is negative")
+                Error::new(Code::SparseOffsets, "an offset is negative")
                     .at(format!("{place}/indptr[{at}]"))
                     .found(other.map_or("nothing".into(), i64::to_string)),
                 self.entries,
@@ -232,7 +232,7 @@ impl<'a> Offsets<'a> {
         for (n, (a, &b)) in before.zip(&self.window).enumerate() {
             let i = self.first + n as u64;
             let wrong = |what: &str, wanted: String| {
-                let e = Error::input(what)
+                let e = Error::new(Code::SparseOffsets, what)
                     .at(format!("{}/indptr[{i}]", self.place))
                     .found(format!("{b} after {a}"))
                     .wanted(wanted);

@@ -4,7 +4,7 @@
 //! get no rank, so their columns are taken out of every block before anything else sees it.
 
 use super::matrix::RowBlock;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::genes::mapping::NameColumn;
 use std::collections::BTreeMap;
 
@@ -51,7 +51,7 @@ impl Features {
             && !types.is_empty()
             && !(0..stored).any(is_gene)
         {
-            return Err(Error::input("the matrix holds no gene expression")
+            return Err(Error::new(Code::TenxFeatures, "the matrix holds no gene expression")
                 .at(place)
                 .found(format!("feature types {}", counts(types)))
                 .wanted(format!("features of type {GENE_EXPRESSION:?}")));
@@ -60,7 +60,7 @@ impl Features {
             && !(0..stored).any(of_genome)
         {
             let found = genomes.map_or("a file that names no genomes".to_string(), counts);
-            return Err(Error::input(format!("no gene is of genome {wanted:?}"))
+            return Err(Error::new(Code::TenxFeatures, format!("no gene is of genome {wanted:?}"))
                 .at(place)
                 .found(found)
                 .next("name one of these with --genome, or leave --genome out"));

@@ -14,7 +14,7 @@
 use super::column_reader::{ColumnReader, HeldTexts};
 use super::frame_cells::{Cells, Place};
 use super::hdf5::{Attribute, H5Array, H5Source, Node, NumberKind, NumberType, Stored};
-use crate::error::{Error, Result, nearest};
+use crate::error::{Code, Error, Result, nearest};
 use std::sync::Arc;
 
 /// Rows read at a time when a whole column is wanted.
@@ -67,7 +67,7 @@ impl Frame {
         let (index, columns) = match source.node(slot)? {
             None => {
                 let found = source.children("/")?.join(", ");
-                return Err(Error::input(format!("the file has no {slot}"))
+                return Err(Error::new(Code::FrameForm, format!("the file has no {slot}"))
                     .at(source.name())
                     .found(format!("members {found}"))
                     .wanted("an AnnData file with X, obs and var")
@@ -77,7 +77,7 @@ impl Frame {
             Some(Node::Group) => open_group(source.as_ref(), slot, rows)?,
         };
         if let Values::Unsupported(why) = &index.values {
-            return Err(Error::input(format!("the index of {slot} cannot be used"))
+            return Err(Error::new(Code::FrameForm, format!("the index of {slot} cannot be used"))
                 .at(&index.place)
                 .found(why)
                 .wanted(format!("{rows} names")));
@@ -97,11 +97,13 @@ impl Frame {
             Values::Text(_) => {
                 Ok(Frame { place, rows, index, columns: Vec::new(), source: Some(Arc::clone(source)) })
             }
-            Values::Unsupported(why) => Err(Error::input("the names cannot be used")
+            Values::Unsupported(why) => Err(Error::new(Code::NamesUnusable, "the names cannot be used")
                 .at(place)
                 .found(why)
                 .wanted(format!("{rows} strings"))),
-            _ => Err(Error::input("the names are no strings").at(place).wanted(format!("{rows} strings"))),
+            _ => Err(Error::new(Code::NamesUnusable, "the names are no strings")
+                .at(place)
+                .wanted(format!("{rows} strings"))),
         }
     }
 
@@ -137,13 +139,15 @@ impl Frame {
         let names = || self.columns.iter().map(|c| c.name.as_str());
         let column = self.columns.iter().find(|c| c.name == name).ok_or_else(|| {
             let hint = nearest(name, names()).map_or(String::new(), |n| format!("; did you mean {n}?"));
-            Error::input(format!("there is no column {name:?}"))
+            Error::new(Code::ColumnMissing, format!("there is no column {name:?}"))
                 .at(&self.place)
                 .found(format!("columns {}{hint}", names().collect::<Vec<_>>().join(", ")))
         })?;
         match &column.values {
             Values::Unsupported(why) => {
-                Err(Error::input(format!("column {name:?} cannot be used")).at(&column.place).found(why))
+                Err(Error::new(Code::ColumnUnusable, format!("column {name:?} cannot be used"))
+                    .at(&column.place)
+                    .found(why))
             }
             _ => Ok(column),
         }
@@ -153,7 +157,7 @@ impl Frame {
     pub fn read(&self, column: &Column, start: u64, rows: u64) -> Result<ColumnValues> {
         let rows = rows.min(self.rows - start.min(self.rows));
         let short = |found: usize| {
-            Error::input("the column ends before its declared length")
+            Error::new(Code::ColumnDamaged, "the column ends before its declared length")
                 .at(&column.place)
                 .found(found)
                 .wanted(rows)
@@ -179,7 +183,7 @@ impl Frame {
                 }
                 let bad = values.iter().position(|&v| v < -1 || v >= names.len() as i64);
                 if let Some(n) = bad {
-                    return Err(Error::input("a category code is out of range")
+                    return Err(Error::new(Code::ColumnDamaged, "a category code is out of range")
                         .at(format!("{}, row {} (from 0)", column.place, start + n as u64))
                         .found(values[n])
                         .wanted(format!("-1 to {} for {} categories", names.len() as i64 - 1, names.len())));
@@ -198,9 +202,12 @@ impl Frame {
             }
             Values::Foreign(reader) => reader.read(start, rows)?,
             Values::Unsupported(why) => {
-                return Err(Error::input(format!("column {:?} cannot be used", column.name))
-                    .at(&column.place)
-                    .found(why));
+                return Err(Error::new(
+                    Code::ColumnUnusable,
+                    format!("column {:?} cannot be used", column.name),
+                )
+                .at(&column.place)
+                .found(why));
             }
         };
         let length = match &values {
@@ -341,7 +348,7 @@ fn names(source: &dyn H5Source, path: &str) -> Result<Vec<String>> {
             };
             Ok(values.into_iter().map(text).collect())
         }
-        other => Err(Error::input("the category names cannot be read")
+        other => Err(Error::new(Code::ColumnDamaged, "the category names cannot be read")
             .at(array.place())
             .found(format!("{other:?}"))
             .wanted("strings or numbers")),
@@ -357,7 +364,7 @@ fn open_group(source: &dyn H5Source, slot: &str, rows: u64) -> Result<(Column, V
             .find(|n| children.iter().any(|c| c == *n))
             .map(|n| n.to_string())
             .ok_or_else(|| {
-                Error::input(format!("{slot} has no index"))
+                Error::new(Code::FrameForm, format!("{slot} has no index"))
                     .at(format!("{}:{slot}", source.name()))
                     .found(format!("members {}", children.join(", ")))
                     .wanted("an attribute _index that names the column of row names")
@@ -420,7 +427,7 @@ fn open_records(source: &dyn H5Source, slot: &str, rows: u64) -> Result<(Column,
     let array: Arc<dyn H5Array> = Arc::from(source.array(slot)?);
     let place = array.place().to_string();
     let Stored::Record(fields, record) = array.stored().clone() else {
-        return Err(Error::input(format!("{slot} is no data frame"))
+        return Err(Error::new(Code::FrameForm, format!("{slot} is no data frame"))
             .at(&place)
             .found(format!("{:?}", array.stored()))
             .wanted("a group or an array of records"));
@@ -449,7 +456,7 @@ fn open_records(source: &dyn H5Source, slot: &str, rows: u64) -> Result<(Column,
     }
     let at = columns.iter().position(|c| c.name == "index" || c.name == "_index").unwrap_or(0);
     if columns.is_empty() {
-        return Err(Error::input(format!("{slot} has no fields")).at(&place));
+        return Err(Error::new(Code::FrameForm, format!("{slot} has no fields")).at(&place));
     }
     Ok((columns.remove(at), columns))
 }

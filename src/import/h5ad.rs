@@ -7,7 +7,7 @@ use super::frame::{Column, Frame};
 use super::hdf5::{H5Source, Node};
 use super::matrix::{Matrix, Pass, RowBlock};
 use super::source::CellSource;
-use crate::error::{Error, Result, nearest};
+use crate::error::{Code, Error, Result, nearest};
 use crate::genes::mapping::NameColumn;
 use std::sync::Arc;
 
@@ -36,9 +36,8 @@ impl H5ad {
             Some(layer) => match layer.strip_prefix("layers/") {
                 Some(name) if !name.is_empty() && !name.contains("..") => layer.to_string(),
                 _ => {
-                    return Err(
-                        Error::usage("--counts takes X, raw or layers/NAME").found(format!("{layer:?}"))
-                    );
+                    return Err(Error::new(Code::FlagValue, "--counts takes X, raw or layers/NAME")
+                        .found(format!("{layer:?}")));
                 }
             },
         };
@@ -48,15 +47,18 @@ impl H5ad {
                 let all = slots(source.as_ref())?;
                 if all.is_empty() {
                     let members = source.children("/")?;
-                    return Err(Error::input("the file holds no matrix where AnnData puts one")
-                        .at(source.name())
-                        .found(format!("members {}", members.join(", ")))
-                        .wanted("X, raw/X or layers/NAME of an .h5ad file, or the groups of a 10x .h5 file")
-                        .next("check the file (links are not followed)"));
+                    return Err(Error::new(
+                        Code::MatrixMissing,
+                        "the file holds no matrix where AnnData puts one",
+                    )
+                    .at(source.name())
+                    .found(format!("members {}", members.join(", ")))
+                    .wanted("X, raw/X or layers/NAME of an .h5ad file, or the groups of a 10x .h5 file")
+                    .next("check the file (links are not followed)"));
                 }
                 let hint = nearest(&slot, all.iter().map(String::as_str))
                     .map_or(String::new(), |n| format!("; did you mean {n}?"));
-                return Err(Error::input(format!("there is no {slot}"))
+                return Err(Error::new(Code::MatrixMissing, format!("there is no {slot}"))
                     .at(source.name())
                     .found(format!("matrices {}{hint}", all.join(", ")))
                     .next(format!("--counts {}", flag(&all[0]))));
@@ -66,7 +68,7 @@ impl H5ad {
             let found = format!("a value {bad} ({})", matrix.describe());
             return Err(no_counts(
                 source.as_ref(),
-                Error::input(super::matrix::NO_COUNTS).at(matrix.place()).found(found),
+                Error::new(Code::NotRawCounts, super::matrix::NO_COUNTS).at(matrix.place()).found(found),
                 &slot,
             ));
         }

@@ -5,7 +5,7 @@
 //! external links are never followed. Claimed sizes are checked against the file's length before anything is allocated.
 
 pub use super::number::{NumberKind, NumberType};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use hdf5_pure::{AttrValue, ChunkCacheConfig, DatasetAccessProperties, Datatype, FormatError, Source};
 use std::path::Path;
 
@@ -128,12 +128,14 @@ impl PureFile {
         let file = std::fs::File::open(path).map_err(fail)?;
         let metadata = file.metadata().map_err(fail)?;
         if metadata.is_dir() {
-            return Err(Error::input("an HDF5 file was wanted, this is a folder")
+            return Err(Error::new(Code::FileKind, "an HDF5 file was wanted, this is a folder")
                 .at(&name)
                 .next("zarr stores and matrix folders: convert to .h5ad with anndata first"));
         }
         if metadata.len() == 0 {
-            return Err(Error::input("the file is empty").at(&name).next("copy or download it again"));
+            return Err(Error::new(Code::FileEmpty, "the file is empty")
+                .at(&name)
+                .next("copy or download it again"));
         }
         let reader = |file: &std::fs::File| {
             Ok::<_, Error>(Reader { file: file.try_clone().map_err(fail)?, len: metadata.len() })
@@ -148,11 +150,14 @@ impl PureFile {
                     "give an .h5ad or 10x .h5 file (gunzip it first if it ends in .gz)",
                 )
             };
-            Error::input(what).at(&name).found(format!("{e}; {} bytes", metadata.len())).next(next)
+            Error::new(Code::Hdf5Damaged, what)
+                .at(&name)
+                .found(format!("{e}; {} bytes", metadata.len()))
+                .next(next)
         })?;
         let end = open.superblock().eof_address;
         if end > metadata.len() {
-            return Err(Error::input("the HDF5 file is cut short")
+            return Err(Error::new(Code::Hdf5Cut, "the HDF5 file is cut short")
                 .at(&name)
                 .found(format!("{} bytes", metadata.len()))
                 .wanted(format!("{end} bytes, as its header says"))
@@ -169,13 +174,13 @@ impl PureFile {
 fn damaged(place: &str, e: &hdf5_pure::Error) -> Error {
     let text = e.to_string();
     if let hdf5_pure::Error::Format(FormatError::UnsupportedFilter(id)) = e {
-        return Error::input("the array is compressed with a filter that is not supported")
+        return Error::new(Code::Hdf5Filter, "the array is compressed with a filter that is not supported")
             .at(place)
             .found(format!("HDF5 filter {id}"))
             .wanted("gzip, lzf, shuffle, or none")
             .next("write the file again: anndata.read_h5ad(F).write_h5ad(F2, compression=\"gzip\")");
     }
-    Error::input("the HDF5 data cannot be read")
+    Error::new(Code::Hdf5Damaged, "the HDF5 data cannot be read")
         .at(place)
         .found(text)
         .next("the file is damaged or cut short: copy or download it again")
@@ -271,7 +276,7 @@ impl H5Source for PureFile {
         let element_bytes = dataset.element_size().map_err(fail)?;
         let claimed = shape.iter().try_fold(element_bytes, |n, &d| n.checked_mul(d));
         if claimed.is_none_or(|n| n > self.raw.len.saturating_mul(MAX_EXPANSION)) {
-            return Err(Error::input("the array claims more data than the file can hold")
+            return Err(Error::new(Code::Hdf5Claims, "the array claims more data than the file can hold")
                 .at(&place)
                 .found(format!(
                     "shape {shape:?} of {element_bytes} bytes each, in a file of {} bytes",
@@ -283,7 +288,7 @@ impl H5Source for PureFile {
         if let Some(chunk) = &chunk {
             let bytes = chunk.iter().try_fold(element_bytes, |n, &d| n.checked_mul(d));
             if bytes.is_none_or(|n| n > MAX_CHUNK_BYTES) || chunk.contains(&0) {
-                return Err(Error::input("the array's chunks are too large")
+                return Err(Error::new(Code::Hdf5Claims, "the array's chunks are too large")
                     .at(&place)
                     .found(format!("chunks of {chunk:?} elements of {element_bytes} bytes"))
                     .wanted(format!("chunks of at most {MAX_CHUNK_BYTES} bytes"))
@@ -295,9 +300,12 @@ impl H5Source for PureFile {
             // References may all point at one large string: what they add up to is bounded as well.
             let bytes = dataset.vlen_string_payload_size().map_err(fail)?;
             if bytes > self.raw.len.saturating_mul(16) {
-                return Err(Error::input("the strings claim more data than the file can hold")
-                    .at(&place)
-                    .found(format!("{bytes} bytes of text in a file of {} bytes", self.raw.len)));
+                return Err(Error::new(
+                    Code::Hdf5Claims,
+                    "the strings claim more data than the file can hold",
+                )
+                .at(&place)
+                .found(format!("{bytes} bytes of text in a file of {} bytes", self.raw.len)));
             }
         }
         let chunk_rows = chunk.and_then(|c| c.first().copied()).unwrap_or(0);
@@ -308,7 +316,7 @@ impl H5Source for PureFile {
     /// u64, then objects of index u16, count u16, 4 reserved bytes, size u64 and the bytes, padded to 8.
     fn heap_text(&self, reference: &[u8]) -> Result<String> {
         let wrong = |what: &str| {
-            Error::input("a string reference in a record is broken")
+            Error::new(Code::Hdf5Damaged, "a string reference in a record is broken")
                 .at(&self.name)
                 .found(what)
                 .next("copy or download the file again")

@@ -17,7 +17,7 @@ use super::arrow_stream::{ArrowColumn, ArrowFile, Storage};
 use super::column_reader::ColumnReader;
 use super::frame::{Column, ColumnValues, Frame};
 use super::matrix::{BLOCK_ROWS, Pass};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::genes::vocab::{Vocab, clip};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -43,9 +43,12 @@ pub(super) fn files(path: &Path) -> Result<Vec<PathBuf>> {
     let state = path.join(STATE);
     let json = json(&state)?;
     let wrong = |found: String| {
-        Error::input("the data set does not list its files").at(state.display()).found(found).wanted(
-            "\"_data_files\": [{\"filename\": \"data-00000-of-00001.arrow\"}], as save_to_disk writes it",
-        )
+        Error::new(Code::DatasetFolder, "the data set does not list its files")
+            .at(state.display())
+            .found(found)
+            .wanted(
+                "\"_data_files\": [{\"filename\": \"data-00000-of-00001.arrow\"}], as save_to_disk writes it",
+            )
     };
     let entries = json["_data_files"].as_array().ok_or_else(|| wrong(clip(&json.to_string(), 80)))?;
     let folder = path.canonicalize().map_err(|e| Error::io(path, "open the folder", &e))?;
@@ -54,7 +57,7 @@ pub(super) fn files(path: &Path) -> Result<Vec<PathBuf>> {
         let name = entry["filename"].as_str().ok_or_else(|| wrong(clip(&entry.to_string(), 80)))?;
         let plain = !name.is_empty() && !name.starts_with('.') && !name.contains(['/', '\\', '\0']);
         if !plain {
-            return Err(Error::input("a data file's name leads out of the folder")
+            return Err(Error::new(Code::NameLeadsOut, "a data file's name leads out of the folder")
                 .at(state.display())
                 .found(format!("{:?}", clip(name, 80)))
                 .wanted("the name of a file in the folder"));
@@ -64,7 +67,7 @@ pub(super) fn files(path: &Path) -> Result<Vec<PathBuf>> {
             Error::io(&file, "open a file of the data set", &e).wanted("every file that state.json names")
         })?;
         if true_place.parent() != Some(&folder) {
-            return Err(Error::input("a data file is a link that leads out of the folder")
+            return Err(Error::new(Code::NameLeadsOut, "a data file is a link that leads out of the folder")
                 .at(file.display())
                 .found(true_place.display())
                 .next("copy the data set with its files: cp -rL FOLDER COPY"));
@@ -80,14 +83,14 @@ fn json(path: &Path) -> Result<Value> {
     };
     let bytes = std::fs::metadata(path).map_err(fail)?.len();
     if bytes > MAX_JSON_BYTES {
-        return Err(Error::input("the data set's description is too large")
+        return Err(Error::new(Code::FileTooLarge, "the data set's description is too large")
             .at(path.display())
             .found(format!("{bytes} bytes"))
             .wanted(format!("at most {MAX_JSON_BYTES}")));
     }
     let text = std::fs::read(path).map_err(fail)?;
     serde_json::from_slice(&text).map_err(|e| {
-        Error::input("the data set's description is not valid JSON")
+        Error::new(Code::NotJson, "the data set's description is not valid JSON")
             .at(path.display())
             .found(e)
             .next("copy the folder again, or save it again with save_to_disk")
@@ -157,7 +160,7 @@ impl ColumnReader for Reader {
                 let code = |(n, v): (usize, f64)| match v {
                     v if v.is_nan() || v == -1.0 => Ok(-1),
                     v if v >= 0.0 && v < names.len() as f64 => Ok(v as i32),
-                    v => Err(Error::input("a class label is out of range")
+                    v => Err(Error::new(Code::ColumnDamaged, "a class label is out of range")
                         .at(format!(
                             "{}, row {} (from 0)",
                             self.files.files[0].path().display(),
@@ -226,7 +229,9 @@ impl HfDataset {
             opened.push(ArrowFile::open(&file)?);
         }
         let Some(first) = opened.first() else {
-            return Err(Error::input("the data set has no files").at(path.join(STATE).display()));
+            return Err(
+                Error::new(Code::DatasetFolder, "the data set has no files").at(path.join(STATE).display())
+            );
         };
         let shape = |f: &ArrowFile| {
             f.columns().iter().map(|c| (c.name.clone(), c.storage.clone())).collect::<Vec<_>>()
@@ -235,7 +240,7 @@ impl HfDataset {
             let names = |f: &ArrowFile| {
                 shape(f).into_iter().map(|(n, s)| format!("{n} {s:?}")).collect::<Vec<_>>().join(", ")
             };
-            return Err(Error::input("the files of the data set have different columns")
+            return Err(Error::new(Code::DatasetFolder, "the files of the data set have different columns")
                 .at(other.path().display())
                 .found(clip(&names(other), 400))
                 .wanted(clip(&names(first), 400)));
@@ -263,7 +268,7 @@ impl HfDataset {
                 let names =
                     files.files[0].columns().iter().map(|c| c.name.as_str()).collect::<Vec<_>>().join(", ");
                 let found = other.map_or(format!("columns {names}"), |(_, c)| format!("{:?}", c.storage));
-                return Err(Error::input("the data set has no lists of token ids")
+                return Err(Error::new(Code::DatasetFolder, "the data set has no lists of token ids")
                     .at(path.display())
                     .found(clip(&found, 400))
                     .wanted("a column input_ids of lists of integers, as Geneformer's tokenizer writes it"));
@@ -294,13 +299,14 @@ impl HfDataset {
     /// Refuses a data set that says itself that its ids belong to another vocabulary; most say nothing.
     pub fn check_vocabulary(&self, vocab: &Vocab) -> Result<()> {
         match self.files.files[0].metadata(VOCABULARY_KEY) {
-            Some(digest) if digest != vocab.digest() => {
-                Err(Error::input("the data set's token ids belong to another vocabulary")
-                    .at(self.path.display())
-                    .found(format!("vocabulary {digest}"))
-                    .wanted(format!("{}, as given with --vocab", vocab.digest()))
-                    .next("give the vocabulary that the data set was made with"))
-            }
+            Some(digest) if digest != vocab.digest() => Err(Error::new(
+                Code::VocabularyMismatch,
+                "the data set's token ids belong to another vocabulary",
+            )
+            .at(self.path.display())
+            .found(format!("vocabulary {digest}"))
+            .wanted(format!("{}, as given with --vocab", vocab.digest()))
+            .next("give the vocabulary that the data set was made with")),
             _ => Ok(()),
         }
     }
@@ -358,24 +364,30 @@ impl HfDataset {
                         if let Some(&length) = lengths.as_ref().and_then(|l| l.get(cell))
                             && length != tokens.len() as f64
                         {
-                            return Err(Error::input("a cell's length is not the number of its tokens")
-                                .at(place())
-                                .found(format!("length {length}, {} tokens", tokens.len()))
-                                .next("was input_ids changed after tokenising? write length again"));
+                            return Err(Error::new(
+                                Code::DatasetTokens,
+                                "a cell's length is not the number of its tokens",
+                            )
+                            .at(place())
+                            .found(format!("length {length}, {} tokens", tokens.len()))
+                            .next("was input_ids changed after tokenising? write length again"));
                         }
                         let start = block.gene.len();
                         for &id in tokens {
                             match usize::try_from(id).ok().and_then(|id| special.get(id)) {
                                 Some(false) if block.gene.len() - start < keep => block.gene.push(id as u32),
                                 Some(true) if id == mask => {
-                                    return Err(Error::input("a cell holds a masked gene")
-                                        .at(place())
-                                        .found(format!("token id {id}, <mask>"))
-                                        .wanted("cells as they were tokenised, not a training batch"));
+                                    return Err(Error::new(
+                                        Code::DatasetTokens,
+                                        "a cell holds a masked gene",
+                                    )
+                                    .at(place())
+                                    .found(format!("token id {id}, <mask>"))
+                                    .wanted("cells as they were tokenised, not a training batch"));
                                 }
                                 Some(_) => {}
                                 None => {
-                                    return Err(Error::input("a token id is not in the vocabulary")
+                                    return Err(Error::new(Code::DatasetTokens, "a token id is not in the vocabulary")
                                         .at(place())
                                         .found(id)
                                         .wanted(format!("ids from 0 to {}", vocab.len() - 1))

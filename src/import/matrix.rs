@@ -8,7 +8,7 @@ use super::compressed::{
     Compressed, Offsets, Stream, decode_index, number_type, open_arrays, open_sparse, whole,
 };
 use super::hdf5::{H5Array, H5Source, Node, NumberKind, NumberType};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use rayon::prelude::*;
 use std::path::Path;
 
@@ -94,7 +94,7 @@ impl Matrix {
             Some(Node::Array) => {
                 let array = source.array(slot)?;
                 let &[rows, columns] = array.shape() else {
-                    return Err(Error::input("the matrix does not have two dimensions")
+                    return Err(Error::new(Code::MatrixShape, "the matrix does not have two dimensions")
                         .at(&place)
                         .found(format!("shape {:?}", array.shape()))
                         .wanted("cells × genes"));
@@ -108,7 +108,9 @@ impl Matrix {
             }
         };
         if columns >= u64::from(u32::MAX) {
-            return Err(Error::input("the matrix has too many columns").at(&place).found(columns));
+            return Err(Error::new(Code::MatrixShape, "the matrix has too many columns")
+                .at(&place)
+                .found(columns));
         }
         Ok(Some(Matrix { place, slot: slot.to_string(), rows, columns, layout }))
     }
@@ -121,7 +123,9 @@ impl Matrix {
     pub(super) fn open_rows(source: &dyn H5Source, slot: &str, rows: u64, columns: u64) -> Result<Matrix> {
         let place = format!("{}:{slot}", source.name());
         if columns >= u64::from(u32::MAX) {
-            return Err(Error::input("the matrix has too many columns").at(&place).found(columns));
+            return Err(Error::new(Code::MatrixShape, "the matrix has too many columns")
+                .at(&place)
+                .found(columns));
         }
         let layout = Layout::Rows(open_arrays(source, slot, rows, columns, true)?);
         Ok(Matrix { place, slot: slot.to_string(), rows, columns, layout })
@@ -226,7 +230,7 @@ impl Matrix {
                 } else {
                     column.to_string()
                 };
-                return Err(Error::input("a column index lies outside the matrix")
+                return Err(Error::new(Code::SparseIndices, "a column index lies outside the matrix")
                     .at(place)
                     .found(column)
                     .wanted(format!("indices from 0 to {}", self.columns.saturating_sub(1)))
@@ -235,9 +239,12 @@ impl Matrix {
             if let Some((&column, &x)) = columns.iter().zip(counts).find(|&(_, &x)| !fine(x)) {
                 let place = format!("{place}, column {column}");
                 if x >= 0.0 && x.is_finite() {
-                    return Err(Error::input(NO_COUNTS).at(place).found(x).wanted("integers from 0"));
+                    return Err(Error::new(Code::NotRawCounts, NO_COUNTS)
+                        .at(place)
+                        .found(x)
+                        .wanted("integers from 0"));
                 }
-                return Err(Error::input("a value cannot be a count")
+                return Err(Error::new(Code::ValueNoCount, "a value cannot be a count")
                     .at(place)
                     .found(x)
                     .wanted("integers from 0")

@@ -5,7 +5,7 @@
 use super::exact_median::exact_medians;
 use super::matrix::Pass;
 use super::source::{CellSource, OpenOptions, Source};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::genes::mapping::{NameColumn, SymbolMap, ensembl_id};
 use crate::genes::tokenize::TARGET_SUM;
 use crate::genes::vocab::{Vocab, is_special};
@@ -79,7 +79,7 @@ pub fn build(inputs: &[PathBuf], options: &BuildOptions<'_>) -> Result<Built> {
     let open = |path: &PathBuf| {
         match Source::open(path, &how)? {
         Source::Counts(source) => Ok(source),
-        Source::Tokens(_) => Err(Error::input("medians come from counts, and a tokenised data set has none")
+        Source::Tokens(_) => Err(Error::new(Code::NoCounts, "medians come from counts, and a tokenised data set has none")
             .at(path.display())
             .wanted("an .h5ad file, a 10x .h5 file or a 10x MTX folder")
             .next("convert the dictionaries that it was made with: cellrefine vocab convert TOKENS MEDIANS --out V.tsv")),
@@ -102,7 +102,7 @@ pub fn build(inputs: &[PathBuf], options: &BuildOptions<'_>) -> Result<Built> {
     if let Some(names) = options.cells
         && cells == 0
     {
-        return Err(Error::input("none of the cells to look at is in the inputs")
+        return Err(Error::new(Code::NoCounts, "none of the cells to look at is in the inputs")
             .found(format!(
                 "{} names, such as {}",
                 names.len(),
@@ -144,7 +144,7 @@ pub fn build(inputs: &[PathBuf], options: &BuildOptions<'_>) -> Result<Built> {
     )?;
     let mut order: Vec<usize> = (0..genes.name.len()).filter(|&g| medians[g].is_some()).collect();
     if order.is_empty() {
-        return Err(Error::input("no gene has a count").at(inputs
+        return Err(Error::new(Code::NoCounts, "no gene has a count").at(inputs
             .iter()
             .map(|p| p.display().to_string())
             .collect::<Vec<_>>()
@@ -249,7 +249,7 @@ fn choose(names: &[NameColumn], wanted: Option<&str>, place: &str) -> Result<(us
             .map(|n| (n, format!("genes from column {wanted}")))
             .ok_or_else(|| {
                 let all: Vec<&str> = names.iter().map(|c| c.name.as_str()).collect();
-                Error::input(format!("there is no gene column {wanted:?}"))
+                Error::new(Code::ColumnMissing, format!("there is no gene column {wanted:?}"))
                     .at(place)
                     .found(format!("text columns {}", all.join(", ")))
                     .next("name one of these with --genes")
@@ -270,7 +270,7 @@ fn choose(names: &[NameColumn], wanted: Option<&str>, place: &str) -> Result<(us
             0,
             format!("no column looks like Ensembl ids: tokens are the names of column {}", names[0].name),
         )),
-        None => Err(Error::input("there is no column of gene names").at(place)),
+        None => Err(Error::new(Code::GeneNamesMissing, "there is no column of gene names").at(place)),
     }
 }
 

@@ -12,7 +12,7 @@ use super::matrix::{BLOCK_ROWS, NO_COUNTS, Pass, RowBlock, is_count};
 use super::source::{CellSource, OpenOptions};
 use super::text_lines::Lines;
 use super::transpose;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::genes::mapping::NameColumn;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -62,7 +62,7 @@ fn trio(path: &Path) -> Result<Trio> {
         match all.as_slice() {
             [one] => one.clone(),
             _ => {
-                return Err(Error::input("the folder does not hold one matrix")
+                return Err(Error::new(Code::MtxFolder, "the folder does not hold one matrix")
                     .at(path.display())
                     .found(if all.is_empty() { "none".into() } else { names(&all) })
                     .wanted("one matrix.mtx or matrix.mtx.gz")
@@ -78,7 +78,7 @@ fn trio(path: &Path) -> Result<Trio> {
         let tried: Vec<String> =
             names.iter().flat_map(|n| [format!("{prefix}{n}.gz"), format!("{prefix}{n}")]).collect();
         tried.iter().map(|n| folder.join(n)).find(|p| p.is_file()).ok_or_else(|| {
-            Error::input("a file is missing beside the matrix")
+            Error::new(Code::MtxFolder, "a file is missing beside the matrix")
                 .at(matrix.display())
                 .wanted(tried.join(" or "))
                 .next("copy all three files into one folder")
@@ -138,7 +138,7 @@ impl Mtx {
             shape if shape == (genes, cells) => false,
             shape if shape == (cells, genes) => true,
             (rows, columns) => {
-                return Err(Error::input("the names do not fit the matrix")
+                return Err(Error::new(Code::MtxNames, "the names do not fit the matrix")
                     .at(trio.matrix.display())
                     .found(format!("{rows} × {columns} in the matrix, {genes} features and {cells} barcodes"))
                     .wanted("features × barcodes")
@@ -146,7 +146,7 @@ impl Mtx {
             }
         };
         if cells >= u64::from(u32::MAX) || genes >= u64::from(u32::MAX) {
-            return Err(Error::input("the matrix is too large")
+            return Err(Error::new(Code::MatrixShape, "the matrix is too large")
                 .at(trio.matrix.display())
                 .found(format!("{genes} × {cells}")));
         }
@@ -168,7 +168,7 @@ impl Mtx {
             }
             let entry = parse(line);
             let text = |lines: &Lines, what: &str, wanted: String| {
-                Error::input(what).at(lines.place()).wanted(wanted)
+                Error::new(Code::MtxForm, what).at(lines.place()).wanted(wanted)
             };
             let Some((row, column, count)) = entry else {
                 return Err(text(
@@ -197,11 +197,14 @@ impl Mtx {
         }
         if seen != self.header.entries {
             let found = if seen > self.header.entries { "more".to_string() } else { seen.to_string() };
-            return Err(Error::input("the matrix does not have the entries that its header says")
-                .at(self.trio.matrix.display())
-                .found(found)
-                .wanted(self.header.entries)
-                .next("the file is cut short or damaged: copy or download it again"));
+            return Err(Error::new(
+                Code::MtxForm,
+                "the matrix does not have the entries that its header says",
+            )
+            .at(self.trio.matrix.display())
+            .found(found)
+            .wanted(self.header.entries)
+            .next("the file is cut short or damaged: copy or download it again"));
         }
         Ok(())
     }
@@ -214,10 +217,11 @@ impl Mtx {
                 by_cell &= cell >= last;
                 last = cell;
                 let entries = &mut cell_entries[cell as usize];
-                *entries =
-                    entries.checked_add(1).ok_or_else(|| Error::input("a cell has too many entries"))?;
+                *entries = entries
+                    .checked_add(1)
+                    .ok_or_else(|| Error::new(Code::MtxForm, "a cell has too many entries"))?;
                 if !pass.allow_non_integer && !is_count(count) {
-                    return Err(Error::input(NO_COUNTS)
+                    return Err(Error::new(Code::NotRawCounts, NO_COUNTS)
                         .found(count)
                         .wanted("integers from 0 (ranks come from raw counts)")
                         .next(
@@ -267,7 +271,7 @@ impl Mtx {
 /// The header: the banner, comments, and the line of sizes.
 fn header(lines: &mut Lines) -> Result<Header> {
     let wrong = |lines: &Lines, found: &[u8]| {
-        Error::input("this is not a MatrixMarket file of counts")
+        Error::new(Code::MtxForm, "this is not a MatrixMarket file of counts")
             .at(lines.place())
             .found(format!("{:?}", String::from_utf8_lossy(&found[..found.len().min(80)])))
             .wanted("%%MatrixMarket matrix coordinate integer|real general, then rows, columns and entries")
@@ -327,10 +331,10 @@ fn column(path: &Path, columns: usize) -> Result<Vec<Vec<String>>> {
         bytes += line.len();
         let text = std::str::from_utf8(line).map(str::to_string);
         let Ok(text) = text else {
-            return Err(Error::input("a name is not UTF-8").at(lines.place()));
+            return Err(Error::new(Code::NotText, "a name is not UTF-8").at(lines.place()));
         };
         if bytes > MAX_NAME_BYTES {
-            return Err(Error::input("too much text for names of cells or genes")
+            return Err(Error::new(Code::MtxNames, "too much text for names of cells or genes")
                 .at(lines.place())
                 .wanted(format!("at most {MAX_NAME_BYTES} bytes")));
         }
@@ -339,7 +343,7 @@ fn column(path: &Path, columns: usize) -> Result<Vec<Vec<String>>> {
             out.resize(fields.len().min(columns), Vec::new());
         }
         if fields.len() < out.len() {
-            return Err(Error::input("a line has fewer columns than the first")
+            return Err(Error::new(Code::MtxNames, "a line has fewer columns than the first")
                 .at(lines.place())
                 .found(fields.len())
                 .wanted(out.len()));
@@ -347,7 +351,7 @@ fn column(path: &Path, columns: usize) -> Result<Vec<Vec<String>>> {
         out.iter_mut().zip(fields).for_each(|(column, field)| column.push(field.to_string()));
     }
     if out.is_empty() {
-        return Err(Error::input("the file of names is empty").at(path.display()));
+        return Err(Error::new(Code::MtxNames, "the file of names is empty").at(path.display()));
     }
     Ok(out)
 }

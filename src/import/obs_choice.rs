@@ -3,7 +3,7 @@
 use super::frame::{Column, Frame};
 use crate::corpus::format::ObsKind;
 use crate::corpus::writer::ObsSpec;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 
 /// Without `--obs`, a text column is kept up to this many distinct values: more is a name, not a label.
 pub const MAX_CATEGORIES: usize = 1_000;
@@ -27,10 +27,13 @@ impl ObsChoice {
                 let kind = kind_of(column);
                 match self.specs.iter().find(|s| s.name == *name) {
                     Some(spec) if spec.kind != kind => {
-                        return Err(Error::input(format!(
-                            "column {name:?} is {kind:?} here and {:?} in an earlier input",
-                            spec.kind
-                        ))
+                        return Err(Error::new(
+                            Code::ColumnUnusable,
+                            format!(
+                                "column {name:?} is {kind:?} here and {:?} in an earlier input",
+                                spec.kind
+                            ),
+                        )
                         .at(column.place())
                         .wanted("one kind of values in all inputs")
                         .next("store it as strings (or numbers) in all files, or leave it out of --obs"));

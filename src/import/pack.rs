@@ -13,7 +13,7 @@ use super::source::{CellSource, OpenOptions, Source, digest, stem};
 use crate::cli::Progress;
 use crate::corpus::format::{Manifest, VocabIdentity};
 use crate::corpus::writer::{CellRecord, CorpusOptions, CorpusWriter, ObsSpec, ObsValue};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::genes::mapping::{GeneMapping, MappingOptions, MappingReport, SymbolMap, map_genes};
 use crate::genes::tokenize::{Scratch, Tokenizer};
 use crate::genes::vocab::Vocab;
@@ -135,7 +135,7 @@ pub fn pack(
 ) -> Result<PackReport> {
     // The writer refuses this too, but only after every input was read once.
     if out.exists() {
-        return Err(Error::usage("the output exists already")
+        return Err(Error::new(Code::OutputExists, "the output exists already")
             .at(out.display())
             .next("name another --out, or remove the folder"));
     }
@@ -239,7 +239,7 @@ struct Plan {
 impl Plan {
     fn new(inputs: &[PathBuf], vocab: &Vocab, options: &PackOptions<'_>) -> Result<Plan> {
         if inputs.is_empty() {
-            return Err(Error::usage("no input files"));
+            return Err(Error::new(Code::NoInputs, "no input files"));
         }
         let digests: Vec<Result<String>> = inputs.par_iter().map(|p| digest(p)).collect();
         let mut plan = Plan {
@@ -257,7 +257,7 @@ impl Plan {
             let source = open(path, options)?;
             let digest = digest?;
             if let Some(first) = seen.insert(digest.clone(), path) {
-                return Err(Error::usage("an input is given twice")
+                return Err(Error::new(Code::InputTwice, "an input is given twice")
                     .at(path.display())
                     .found(format!("the same bytes as {}", first.display()))
                     .next("leave one out: the same cells in two splits would spoil every score"));
@@ -266,9 +266,12 @@ impl Plan {
                 Source::Counts(source) => Some(map(source.as_ref(), vocab, options)?.report),
                 Source::Tokens(source) => {
                     if options.values {
-                        return Err(Error::usage("--values needs counts, and a tokenised data set has none")
-                            .at(path.display())
-                            .next("leave --values out, or pack the file that the data set was made from"));
+                        return Err(Error::new(
+                            Code::FlagConflict,
+                            "--values needs counts, and a tokenised data set has none",
+                        )
+                        .at(path.display())
+                        .next("leave --values out, or pack the file that the data set was made from"));
                     }
                     source.check_vocabulary(vocab)?;
                     None
@@ -397,7 +400,7 @@ impl Sink<'_> {
                 if cell.is_empty() {
                     report.empty += 1;
                     if self.options.empty_cells == EmptyCells::Error {
-                        return Err(Error::input("a cell has no gene of the vocabulary")
+                        return Err(Error::new(Code::EmptyCell, "a cell has no gene of the vocabulary")
                             .at(format!("{}, row {} (from 0), cell {name}", obs.place(), first + row as u64))
                             .found(format!("a total count of {total}"))
                             .next("--empty-cells skip leaves such cells out, and counts them"));

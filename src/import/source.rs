@@ -14,7 +14,7 @@ use super::hf_dataset::{self, HfDataset};
 use super::matrix::{Pass, RowBlock};
 use super::mtx::{self, Mtx};
 use super::tenx::{self, TenxH5};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::genes::mapping::NameColumn;
 use crate::genes::vocab::hex;
 use sha2::{Digest, Sha256};
@@ -65,9 +65,12 @@ impl Source {
     /// Input: nothing of the kinds above, or one that is broken. Usage: an option that its kind does not have.
     pub fn open(path: &Path, options: &OpenOptions<'_>) -> Result<Source> {
         let no_slots = || match options.counts {
-            Some(slot) => Err(Error::usage("--counts chooses a slot of an .h5ad file, and this is none")
-                .at(path.display())
-                .found(format!("--counts {slot}"))),
+            Some(slot) => Err(Error::new(
+                Code::FlagConflict,
+                "--counts chooses a slot of an .h5ad file, and this is none",
+            )
+            .at(path.display())
+            .found(format!("--counts {slot}"))),
             None => Ok(()),
         };
         if hf_dataset::is_dataset(path) {
@@ -87,9 +90,12 @@ impl Source {
             return Ok(Source::Counts(Box::new(TenxH5::open(file, layout, options)?)));
         }
         if let Some(genome) = options.genome {
-            return Err(Error::usage("--genome chooses a genome of a 10x file, and this is none")
-                .at(path.display())
-                .found(format!("--genome {genome}")));
+            return Err(Error::new(
+                Code::FlagConflict,
+                "--genome chooses a genome of a 10x file, and this is none",
+            )
+            .at(path.display())
+            .found(format!("--genome {genome}")));
         }
         Ok(Source::Counts(Box::new(H5ad::from_source(file, options.counts, options.allow_non_integer)?)))
     }
@@ -134,7 +140,7 @@ fn unknown_folder(path: &Path) -> Error {
     } else {
         "check the path"
     };
-    Error::input("this folder is no input that can be packed")
+    Error::new(Code::InputUnknown, "this folder is no input that can be packed")
         .at(path.display())
         .found(names.unwrap_or_default())
         .wanted("a 10x folder (matrix.mtx[.gz], barcodes.tsv[.gz], features.tsv[.gz]) or a Hugging Face data set (state.json)")

@@ -13,7 +13,7 @@ use super::frame::Frame;
 use super::hdf5::{H5Source, Node, Stored};
 use super::matrix::{Matrix, NO_COUNTS, Pass, RowBlock};
 use super::source::{CellSource, OpenOptions};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::genes::mapping::NameColumn;
 use std::sync::Arc;
 
@@ -52,7 +52,7 @@ pub(super) fn layout(source: &dyn H5Source, genome: Option<&str>) -> Result<Opti
                 Some(wanted) => format!("the file has no genome {wanted:?}"),
                 None => "the file holds several genomes".into(),
             };
-            return Err(Error::input(what)
+            return Err(Error::new(Code::TenxFeatures, what)
                 .at(source.name())
                 .found(all.join(", "))
                 .wanted("one genome, whose genes the vocabulary knows")
@@ -89,7 +89,7 @@ impl TenxH5 {
             let array = source.array(&path)?;
             if !matches!(array.stored(), Stored::FixedText(_) | Stored::HeapText) || array.shape() != [genes]
             {
-                return Err(Error::input("the names of the genes cannot be used")
+                return Err(Error::new(Code::NamesUnusable, "the names of the genes cannot be used")
                     .at(array.place())
                     .found(format!("{:?} of shape {:?}", array.stored(), array.shape()))
                     .wanted(format!("{genes} strings, one per gene of the matrix")));
@@ -99,7 +99,7 @@ impl TenxH5 {
         let names = if version == 3 { ["features/id", "features/name"] } else { ["genes", "gene_names"] };
         let place = format!("{}:{group}/{}", source.name(), names[0]);
         let Some(ids) = texts(names[0])? else {
-            return Err(Error::input("the matrix has no gene ids")
+            return Err(Error::new(Code::GeneNamesMissing, "the matrix has no gene ids")
                 .at(place)
                 .next("write the file again with Cell Ranger"));
         };
@@ -114,7 +114,7 @@ impl TenxH5 {
             && let Some(bad) = matrix.sample_non_count()?
         {
             return Err(no_counts(
-                Error::input(NO_COUNTS).at(matrix.place()).found(format!("a value {bad}")),
+                Error::new(Code::NotRawCounts, NO_COUNTS).at(matrix.place()).found(format!("a value {bad}")),
             ));
         }
         let obs = Frame::of_array(&file, &format!("{group}/barcodes"), cells)?;
@@ -131,7 +131,7 @@ fn no_counts(e: Error) -> Error {
 fn shape(source: &dyn H5Source, group: &str) -> Result<(u64, u64)> {
     let path = format!("{group}/shape");
     let wrong = |found: String| {
-        Error::input("the 10x matrix has no usable shape")
+        Error::new(Code::MatrixShape, "the 10x matrix has no usable shape")
             .at(format!("{}:{path}", source.name()))
             .found(found)
             .wanted("two integers: genes, cells")

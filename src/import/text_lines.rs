@@ -1,6 +1,6 @@
 //! Lines of a text file, plain or gzip (told by content), with bounded memory whatever the file claims.
 
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use std::io::Read;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -70,7 +70,7 @@ impl Lines {
             self.buffer.copy_within(self.ready.clone(), 0);
             self.ready = 0..self.ready.len();
             if self.ready.end == self.buffer.len() {
-                return Err(Error::input("a line is too long for a table of text")
+                return Err(Error::new(Code::FileTooLarge, "a line is too long for a table of text")
                     .at(format!("{}:{}", self.path.display(), self.line + 1))
                     .wanted(format!("lines of at most {WINDOW_BYTES} bytes")));
             }
@@ -79,7 +79,7 @@ impl Lines {
                 Ok(n) => self.ready.end += n,
                 Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
                 Err(e) => {
-                    return Err(Error::input("the file cannot be read to its end")
+                    return Err(Error::new(Code::FileCut, "the file cannot be read to its end")
                         .at(format!("{}:{}", self.path.display(), self.line + 1))
                         .found(e)
                         .next("it is damaged or cut short: copy or download it again"));

@@ -7,7 +7,7 @@
 
 use super::compressed::{Compressed, Stream, decode_index};
 use super::matrix::{Matrix, Pass, RowBlock};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use std::io::{BufReader, BufWriter, Read, Seek, Write};
 
 /// Entries read at a time.
@@ -88,7 +88,11 @@ pub(super) fn stream(
     let (rows, columns) = (matrix.rows(), matrix.columns());
     let offsets = parts.all_offsets(matrix.place(), columns, rows)?;
     let mut row_entries =
-        vec![0u32; usize::try_from(rows).map_err(|_| Error::input("too many rows").at(matrix.place()))?];
+        vec![
+            0u32;
+            usize::try_from(rows)
+                .map_err(|_| Error::new(Code::MatrixShape, "too many rows").at(matrix.place()))?
+        ];
     let indices = || {
         Stream::new(parts.indices.as_ref(), parts.entries, |raw, out| {
             decode_index(parts.index_type, raw, out)
@@ -101,7 +105,7 @@ pub(super) fn stream(
         stream.take(from, to)?;
         for (n, &row) in stream.taken.iter().enumerate() {
             let Some(entries) = row_entries.get_mut(row as usize) else {
-                return Err(Error::input("a row index lies outside the matrix")
+                return Err(Error::new(Code::SparseIndices, "a row index lies outside the matrix")
                     .at(format!("{}/indices[{}]", matrix.place(), from + n as u64))
                     .found(if row == u32::MAX {
                         "an index that is negative or huge".into()
@@ -152,7 +156,8 @@ pub(super) fn turn(
     let bounds = cut(row_entries, budget);
     let buckets = bounds.len() - 1;
     if buckets > MAX_BUCKETS {
-        return Err(Error::environment(
+        return Err(Error::new(
+            Code::TransposeMemory,
             "the matrix is not stored by cells and too large to turn within the given memory",
         )
         .at(place)

@@ -15,7 +15,7 @@ use super::config::{Embedding, ModelConfig};
 use super::ledger::Ledger;
 use crate::corpus::Batch;
 use crate::device::{Device, Queue};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::ops::gene_attention::Pattern;
 use half::f16;
 
@@ -199,9 +199,12 @@ impl<B: Device> DeviceBatch<B> {
         dev.write_beside(&mut self.position, per_token)?;
         if let Some(value_bins) = &mut self.value_bin {
             let value = value.filter(|v| v.len() == tokens).ok_or_else(|| {
-                Error::input("the network reads expression values and the corpus stores none")
-                    .found(format!("value_bins = {} in config.json", config.value_bins))
-                    .next("pack the corpus again with --values")
+                Error::new(
+                    Code::ValuesMissing,
+                    "the network reads expression values and the corpus stores none",
+                )
+                .found(format!("value_bins = {} in config.json", config.value_bins))
+                .next("pack the corpus again with --values")
             })?;
             per_token.clear();
             let (bins, sorted) = (config.value_bins, &mut self.staging.sorted);
@@ -245,18 +248,20 @@ fn check_cells(config: &ModelConfig, gene: &[u32], cell_start: &[u32]) -> Result
     let mut max_len = 0;
     for (cell, w) in cell_start.windows(2).enumerate() {
         if w[1] <= w[0] {
-            return Err(Error::input("a cell without tokens").at(format!("cell {cell} of the batch")));
+            return Err(
+                Error::new(Code::EmptyCell, "a cell without tokens").at(format!("cell {cell} of the batch"))
+            );
         }
         max_len = max_len.max((w[1] - w[0]) as usize);
     }
     if max_len > config.positions {
-        return Err(Error::input("a cell is longer than the network's context")
+        return Err(Error::new(Code::CellTooLong, "a cell is longer than the network's context")
             .found(format!("{max_len} tokens"))
             .wanted(format!("at most {}", config.positions))
             .next(format!("--set batch.max_tokens={}", config.positions)));
     }
     if let Some(id) = gene.iter().find(|id| **id as usize >= config.vocab) {
-        return Err(Error::input("a gene id outside the vocabulary")
+        return Err(Error::new(Code::VocabularyMismatch, "a gene id outside the vocabulary")
             .found(id)
             .wanted(format!("below {}", config.vocab))
             .next("cellrefine inspect CORPUS --verify"));

@@ -14,7 +14,7 @@ pub use super::weight_files::WEIGHTS;
 use super::weight_files::WeightFiles;
 use super::weights::{Classification, Classifier, Network, Parameter, Parts};
 use crate::device::{Act, Device};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::ops::adamw::AdamW;
 use serde_json::{Value, json};
 use std::fs::{self, File};
@@ -62,16 +62,20 @@ pub fn resolve(path: &Path) -> Result<PathBuf> {
     }
     let e = match fs::metadata(path) {
         Err(e) => return Err(Error::io(path, "open the checkpoint", &e)),
-        Ok(m) if m.is_file() => Error::input("a checkpoint is a folder").at(path.display()).found("a file"),
+        Ok(m) if m.is_file() => {
+            Error::new(Code::FileKind, "a checkpoint is a folder").at(path.display()).found("a file")
+        }
         Ok(_) => {
             let names = fs::read_dir(path).map_err(|e| Error::io(path, "list the folder", &e))?;
             let mut names: Vec<String> =
                 names.filter_map(|n| n.ok()?.file_name().into_string().ok()).take(12).collect();
             names.sort();
-            Error::input("no checkpoint in this folder").at(path.display()).found(match names.is_empty() {
-                true => "an empty folder".to_string(),
-                false => names.join(", "),
-            })
+            Error::new(Code::CheckpointMissing, "no checkpoint in this folder").at(path.display()).found(
+                match names.is_empty() {
+                    true => "an empty folder".to_string(),
+                    false => names.join(", "),
+                },
+            )
         }
     };
     Err(e.wanted(
@@ -94,7 +98,7 @@ pub fn pointed(run: &Path, pointer: Pointer) -> Result<Option<PathBuf>> {
     let name = text.trim();
     let folder = run.join("checkpoints").join(name);
     if name.is_empty() || name.contains(['/', '\\']) || name == ".." || !folder.join(CONFIG).is_file() {
-        return Err(Error::input("the run's pointer names no checkpoint")
+        return Err(Error::new(Code::CheckpointMissing, "the run's pointer names no checkpoint")
             .at(file.display())
             .found(format!("{name:?}"))
             .wanted("the name of a folder under checkpoints/")
@@ -115,10 +119,9 @@ pub fn point(run: &Path, pointer: Pointer, name: &str) -> Result<()> {
 /// replaced; after a failure it is still there and the temporary one is gone.
 pub fn publish(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let io = |doing: &'static str| move |e: std::io::Error| Error::io(folder, doing, &e);
-    let name = folder
-        .file_name()
-        .and_then(|n| n.to_str())
-        .ok_or_else(|| Error::usage("a checkpoint needs a folder name").found(folder.display()))?;
+    let name = folder.file_name().and_then(|n| n.to_str()).ok_or_else(|| {
+        Error::new(Code::OutputName, "a checkpoint needs a folder name").found(folder.display())
+    })?;
     let parent = folder.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     fs::create_dir_all(parent).map_err(io("create the folder"))?;
     let beside = |suffix: &str| parent.join(format!(".{name}.{suffix}-{}", std::process::id()));
@@ -208,7 +211,10 @@ fn read_json(folder: &Path) -> Result<Value> {
     let path = folder.join(CONFIG);
     let text = fs::read(&path).map_err(|e| Error::io(&path, "read the model's settings", &e))?;
     serde_json::from_slice(&text).map_err(|e| {
-        Error::input("not valid JSON").at(path.display()).found(e).wanted("Hugging Face's config.json")
+        Error::new(Code::NotJson, "not valid JSON")
+            .at(path.display())
+            .found(e)
+            .wanted("Hugging Face's config.json")
     })
 }
 
@@ -269,10 +275,13 @@ pub fn load<B: AdamW<A>, A: Act>(
     let mut fresh_values = false;
     if let Some(bins) = options.value_bins.filter(|bins| *bins != config.value_bins) {
         if config.value_bins != 0 {
-            return Err(Error::input("the checkpoint has another number of value bins")
-                .at(folder.display())
-                .found(config.value_bins)
-                .wanted(bins));
+            return Err(Error::new(
+                Code::CheckpointDamaged,
+                "the checkpoint has another number of value bins",
+            )
+            .at(folder.display())
+            .found(config.value_bins)
+            .wanted(bins));
         }
         config.value_bins = bins;
         fresh_values = true;
@@ -358,10 +367,13 @@ fn check_names(
     let more = wrong.len().saturating_sub(8);
     let shown = wrong[..wrong.len() - more].join("; ");
     let more = if more > 0 { format!("; and {more} more") } else { String::new() };
-    Err(Error::input("the tensors are not those of the model that config.json describes")
-        .at(file.path().display())
-        .found(format!("{shown}{more}"))
-        .wanted("a BertForMaskedLM of the sizes in config.json"))
+    Err(Error::new(
+        Code::CheckpointDamaged,
+        "the tensors are not those of the model that config.json describes",
+    )
+    .at(file.path().display())
+    .found(format!("{shown}{more}"))
+    .wanted("a BertForMaskedLM of the sizes in config.json"))
 }
 
 fn read_parameter(file: &WeightFiles, parameter: &Parameter) -> Result<Vec<f32>> {
@@ -404,7 +416,9 @@ pub fn read_classifier(folder: &Path, width: usize) -> Result<Option<LoadedClass
         return Ok(None);
     }
     let text = fs::read(&path).map_err(|e| Error::io(&path, "read the class names", &e))?;
-    let bad = |found: String| Error::input("the class names cannot be read").at(path.display()).found(found);
+    let bad = |found: String| {
+        Error::new(Code::CheckpointDamaged, "the class names cannot be read").at(path.display()).found(found)
+    };
     let json: Value = serde_json::from_slice(&text).map_err(|e| bad(e.to_string()))?;
     let labels: Vec<String> =
         serde_json::from_value(json["classes"].clone()).map_err(|e| bad(format!("classes: {e}")))?;

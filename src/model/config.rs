@@ -5,7 +5,7 @@
 //! such object; then the caller says which vocabulary the ids belong to ([`ModelConfig::adopt_vocabulary`]).
 
 pub use super::presets::{PRESETS, Preset};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::genes::Vocab;
 use crate::ops::gene_attention::Pattern;
 use crate::ops::pool::Pooling;
@@ -116,7 +116,7 @@ impl ModelConfig {
     pub fn depth(&self, layer: i32) -> Result<usize> {
         let depth = self.layers as i64 + layer as i64;
         if layer > 0 || depth < 0 {
-            return Err(Error::usage("no such layer").found(layer).wanted(format!(
+            return Err(Error::new(Code::SettingValue, "no such layer").found(layer).wanted(format!(
                 "0 (last layer's output), -1 (second to last) … -{} (the embedding)",
                 self.layers
             )));
@@ -133,20 +133,22 @@ impl ModelConfig {
         if let (Some(mine), Some(theirs)) = (&self.vocabulary.digest, &vocabulary.digest)
             && mine != theirs
         {
-            return Err(Error::input("the checkpoint and the corpus belong to different vocabularies")
-                .found(format!(
-                    "vocabulary {} in the checkpoint, {} in the corpus",
-                    short(mine),
-                    short(theirs)
-                ))
-                .wanted("one vocabulary for both")
-                .next("pack the corpus again with --vocab CHECKPOINT/vocab.tsv"));
+            return Err(Error::new(
+                Code::CheckpointVocabulary,
+                "the checkpoint and the corpus belong to different vocabularies",
+            )
+            .found(format!("vocabulary {} in the checkpoint, {} in the corpus", short(mine), short(theirs)))
+            .wanted("one vocabulary for both")
+            .next("pack the corpus again with --vocab CHECKPOINT/vocab.tsv"));
         }
         if len != self.vocab {
-            return Err(Error::input("the checkpoint's word table does not fit the vocabulary")
-                .found(format!("{} rows in the checkpoint, {len} ids in the vocabulary", self.vocab))
-                .wanted("the vocabulary that the checkpoint was trained with")
-                .next("cellrefine vocab convert TOKENS MEDIANS --out V.tsv, then pack with it"));
+            return Err(Error::new(
+                Code::CheckpointVocabulary,
+                "the checkpoint's word table does not fit the vocabulary",
+            )
+            .found(format!("{} rows in the checkpoint, {len} ids in the vocabulary", self.vocab))
+            .wanted("the vocabulary that the checkpoint was trained with")
+            .next("cellrefine vocab convert TOKENS MEDIANS --out V.tsv, then pack with it"));
         }
         if self.vocabulary.digest.is_none() {
             self.vocabulary = vocabulary.clone();
@@ -157,7 +159,7 @@ impl ModelConfig {
     /// Refuses sizes that no backend could run.
     pub fn check(&self, place: &str) -> Result<()> {
         let bad = |what: &str, found: String, wanted: &str| {
-            Err(Error::input(what.to_string()).at(place).found(found).wanted(wanted))
+            Err(Error::new(Code::ModelConfig, what.to_string()).at(place).found(found).wanted(wanted))
         };
         let sizes = [self.vocab, self.width, self.layers, self.heads, self.ffn, self.positions];
         if sizes.contains(&0) {

@@ -1,7 +1,7 @@
 //! `config.json`: written as `transformers` reads it, read strictly.
 
 use super::config::{Embedding, ModelConfig, Vocabulary};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::ops::gene_attention::Pattern;
 use crate::ops::pool::Pooling;
 use serde_json::{Map, Value, json};
@@ -60,7 +60,7 @@ impl ModelConfig {
         if let Some(a) = fields.map.get("architectures")
             && !a.as_array().is_some_and(|a| a.iter().any(|a| a == "BertForMaskedLM" || a == "BertModel"))
         {
-            return Err(Error::input("not a masked language model")
+            return Err(Error::new(Code::ModelConfig, "not a masked language model")
                 .at(format!("{place}:architectures"))
                 .found(a)
                 .wanted("[\"BertForMaskedLM\"], the class of Geneformer's checkpoints, or [\"BertModel\"], LangCell's")
@@ -113,7 +113,7 @@ impl ModelConfig {
         let fields = Fields { map: object(own, place)?, place };
         for key in fields.map.keys() {
             if !OWN_FIELDS.contains(&key.as_str()) {
-                return Err(Error::input("unknown field")
+                return Err(Error::new(Code::ModelConfig, "unknown field")
                     .at(format!("{place}.{key}"))
                     .next("update cellrefine"));
             }
@@ -172,7 +172,7 @@ fn round6(p: f32) -> f64 {
 }
 
 fn object<'a>(json: &'a Value, place: &str) -> Result<&'a Map<String, Value>> {
-    json.as_object().ok_or_else(|| Error::input("not a JSON object").at(place))
+    json.as_object().ok_or_else(|| Error::new(Code::ModelConfig, "not a JSON object").at(place))
 }
 
 /// Fields of one JSON object, with errors that name them.
@@ -183,13 +183,13 @@ struct Fields<'a> {
 
 impl Fields<'_> {
     fn missing(&self, name: &str) -> Error {
-        Error::input(format!("`{name}` is missing"))
+        Error::new(Code::ModelConfig, format!("`{name}` is missing"))
             .at(self.place)
             .found(self.map.keys().map(String::as_str).collect::<Vec<_>>().join(", "))
             .wanted("the config.json that transformers wrote beside the weights")
     }
     fn unsupported(&self, name: &str, wanted: &str) -> Error {
-        Error::input(format!("`{name}` is not supported"))
+        Error::new(Code::ModelConfig, format!("`{name}` is not supported"))
             .at(format!("{}:{name}", self.place))
             .found(self.map.get(name).unwrap_or(&Value::Null))
             .wanted(wanted)

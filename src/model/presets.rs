@@ -1,7 +1,7 @@
 //! Encoders by name: Geneformer's published sizes, and two small ones.
 
 use super::config::{Embedding, ModelConfig, Vocabulary};
-use crate::error::{Error, Result, nearest};
+use crate::error::{Code, Error, Result, nearest};
 use crate::ops::gene_attention::Pattern;
 use crate::ops::pool::Pooling;
 
@@ -58,7 +58,7 @@ impl Preset {
     pub fn named(name: &str) -> Result<Preset> {
         PRESETS.iter().find(|p| p.name == name).copied().ok_or_else(|| {
             let names: Vec<&str> = PRESETS.iter().map(|p| p.name).collect();
-            let e = Error::usage("no such preset").found(name).wanted(names.join(", "));
+            let e = Error::new(Code::PresetUnknown, "no such preset").found(name).wanted(names.join(", "));
             match nearest(name, names.iter().copied()) {
                 Some(near) => e.next(format!("did you mean --preset {near}?")),
                 None => e,

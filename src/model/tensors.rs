@@ -1,7 +1,7 @@
 //! Safetensors files: named tensors after a JSON header. Read with every offset checked before any allocation, a tensor at a
 //! time; written a tensor at a time, byte for byte as the reference writer would (largest types first, then by name).
 
-use crate::error::{Error, Result, nearest};
+use crate::error::{Code, Error, Result, nearest};
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 use std::collections::HashMap;
@@ -29,7 +29,7 @@ impl TensorFile {
     /// Input: missing, empty, truncated, no safetensors at all, offsets that overlap, leave holes or do not fit the shapes.
     pub fn open(path: &Path) -> Result<Self> {
         let broken = |what: &str, found: String| {
-            Error::input(what)
+            Error::new(Code::TensorFile, what)
                 .at(path.display())
                 .found(found)
                 .wanted("a complete safetensors file")
@@ -89,7 +89,7 @@ impl TensorFile {
     /// Input: no such tensor (with the nearest name).
     pub fn bytes(&self, name: &str) -> Result<Vec<u8>> {
         let info = self.info(name).ok_or_else(|| {
-            let e = Error::input(format!("no tensor `{name}`")).at(self.path.display());
+            let e = Error::new(Code::TensorMissing, format!("no tensor `{name}`")).at(self.path.display());
             let names = self.names();
             match nearest(name, names.iter().map(String::as_str)) {
                 Some(near) => e.found(format!("{} tensors, the nearest is `{near}`", names.len())),
@@ -113,7 +113,7 @@ impl TensorFile {
         let info = self.info(name).ok_or_else(|| Error::bug("a tensor vanished"))?;
         let place = format!("{}:{name}", self.path.display());
         if info.shape != shape {
-            return Err(Error::input("a tensor of another shape")
+            return Err(Error::new(Code::TensorShape, "a tensor of another shape")
                 .at(place)
                 .found(format!("{:?}", info.shape))
                 .wanted(format!("{shape:?}")));
@@ -123,7 +123,7 @@ impl TensorFile {
             Dtype::F32 => Ok(bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()),
             Dtype::F16 => Ok(halves(|b| half::f16::from_le_bytes(b).to_f32())),
             Dtype::BF16 => Ok(halves(|b| half::bf16::from_le_bytes(b).to_f32())),
-            other => Err(Error::input("a tensor of another type")
+            other => Err(Error::new(Code::TensorShape, "a tensor of another type")
                 .at(place)
                 .found(format!("{other:?}"))
                 .wanted("F32, F16 or BF16")),

@@ -4,7 +4,7 @@
 //! same. Shards are named by `model.safetensors.index.json`, whose names must be those of files in the folder.
 
 use super::tensors::TensorFile;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use safetensors::tensor::TensorInfo;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -44,14 +44,17 @@ impl WeightFiles {
         for old in ["pytorch_model.bin", "pytorch_model.bin.index.json"] {
             if folder.join(old).exists() {
                 let f = folder.display();
-                return Err(Error::input("the weights are pickled, and pickles are not executed here")
-                    .at(&f)
-                    .found(old)
-                    .wanted(WEIGHTS)
-                    .next(format!(
-                        "python -c \"from transformers import AutoModelForMaskedLM as M; \
+                return Err(Error::new(
+                    Code::WeightsPickled,
+                    "the weights are pickled, and pickles are not executed here",
+                )
+                .at(&f)
+                .found(old)
+                .wanted(WEIGHTS)
+                .next(format!(
+                    "python -c \"from transformers import AutoModelForMaskedLM as M; \
                          M.from_pretrained('{f}').save_pretrained('{f}', safe_serialization=True)\""
-                    )));
+                )));
             }
         }
         Self::over(single.clone(), vec![TensorFile::open(&single)?])
@@ -62,15 +65,16 @@ impl WeightFiles {
         let io = |e: std::io::Error| Error::io(&index, "read the index of the weights", &e);
         let bytes = std::fs::metadata(&index).map_err(io)?.len();
         if bytes > INDEX_MAX_BYTES {
-            return Err(Error::input("too large for an index of weights")
+            return Err(Error::new(Code::FileTooLarge, "too large for an index of weights")
                 .at(place)
                 .found(format!("{bytes} bytes")));
         }
         let text = std::fs::read(&index).map_err(io)?;
-        let json: Value = serde_json::from_slice(&text)
-            .map_err(|e| Error::input("the index of the weights is not valid JSON").at(&place).found(e))?;
+        let json: Value = serde_json::from_slice(&text).map_err(|e| {
+            Error::new(Code::NotJson, "the index of the weights is not valid JSON").at(&place).found(e)
+        })?;
         let wrong = |found: String| {
-            Error::input("the index of the weights cannot be used")
+            Error::new(Code::WeightsIndex, "the index of the weights cannot be used")
                 .at(&place)
                 .found(found)
                 .wanted("\"weight_map\": {tensor: \"model-00001-of-00002.safetensors\"}, files of the folder alone")
@@ -112,7 +116,7 @@ impl WeightFiles {
                 let full = if !prefixed && encoder { format!("{ENCODER}{name}") } else { name.clone() };
                 if let Some((other, _)) = tensors.insert(full, (at, name.clone())) {
                     let other: &TensorFile = &files[other];
-                    return Err(Error::input("a tensor is in two files")
+                    return Err(Error::new(Code::WeightsIndex, "a tensor is in two files")
                         .at(file.path().display())
                         .found(format!("{name}, also in {}", other.path().display())));
                 }
@@ -146,7 +150,9 @@ impl WeightFiles {
     }
     fn find(&self, name: &str) -> Result<(&TensorFile, &str)> {
         let found = self.tensors.get(name).map(|(file, stored)| (&self.files[*file], stored.as_str()));
-        found.ok_or_else(|| Error::input(format!("no tensor `{name}`")).at(self.place.display()))
+        found.ok_or_else(|| {
+            Error::new(Code::TensorMissing, format!("no tensor `{name}`")).at(self.place.display())
+        })
     }
     /// The bytes of a tensor.
     ///

@@ -1,6 +1,6 @@
 //! `[objective]` of settings.toml.
 
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 
 /// How prototypes start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -113,7 +113,7 @@ impl ObjectiveConfig {
     /// Fails, naming the setting, on values outside their range.
     pub fn check(&self) -> Result<()> {
         let refuse = |name: &str, found: f32, wanted: &str| {
-            Err(Error::usage("setting out of range")
+            Err(Error::new(Code::SettingValue, "setting out of range")
                 .at(format!("objective.{name}"))
                 .found(found)
                 .wanted(wanted)

@@ -8,7 +8,7 @@
 //! The names of the types, the temperature, the layer and the pooling stand in the header's metadata. A file of its own, so that
 //! `transformers` finds no unexpected key in `model.safetensors`.
 
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::model::tensors::{Declared, TensorFile, write};
 use crate::ops::pool::Pooling;
 use std::path::Path;
@@ -74,7 +74,7 @@ impl StoredPrototypes {
         let file = TensorFile::open(&path)?;
         let metadata = file.metadata();
         let bad = |what: &str, found: String| {
-            Error::input(format!("the prototypes {what}"))
+            Error::new(Code::CheckpointDamaged, format!("the prototypes {what}"))
                 .at(path.display())
                 .found(found)
                 .next("refine again: cellrefine refine …")

@@ -9,7 +9,7 @@
 //! The frozen encoder is a closure from token lists to cell vectors, so nothing here knows the model.
 
 use super::{ObjectiveConfig, PrototypeMode, Teacher};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::genes::markers::MarkerSets;
 
 /// What prototypes may be made from.
@@ -47,7 +47,7 @@ pub fn initial(
 }
 
 fn nothing_to_go_by(sources: &Sources<'_>, k: usize, wanted: &str) -> Error {
-    Error::input("a type has nothing to make its prototype from")
+    Error::new(Code::NoPrototypeSource, "a type has nothing to make its prototype from")
         .at(&sources.markers.names[k])
         .found("no usable marker gene and no labelled training cell")
         .wanted(wanted)

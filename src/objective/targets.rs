@@ -8,7 +8,7 @@
 //! A soft target is stored as its few largest entries, rescaled to sum 1; entry 0 is its most likely type.
 
 use super::ObjectiveConfig;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 
 /// Targets of all training cells, in the teacher's table order.
 #[derive(Debug, Clone, PartialEq)]
@@ -78,7 +78,7 @@ impl CellTargets {
             }
         }
         if cells > 0 && all.kept() == 0 && (config.proto > 0.0 || config.cell_cell > 0.0) {
-            return Err(Error::input("no training cell takes part in the class terms")
+            return Err(Error::new(Code::NoLabelledCells, "no training cell takes part in the class terms")
                 .found(format!("{labelled} labelled cells of {cells}, none with a confident marker score"))
                 .wanted("labels, or marker sets that tell the cells apart")
                 .next(

@@ -3,7 +3,7 @@
 //! A post-LN encoder's embeddings are of order 1, so f16 (11 bits) keeps them within 5e-4; N × D · 2 bytes, 0.5 GB for a
 //! million cells at D = 256. The mean is summed in f64 over the rows as they were given.
 
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use half::f16;
 
 /// h⁰ (N, D) in table order.
@@ -25,11 +25,14 @@ impl Teacher {
         for (i, row) in h.chunks_exact(self.width).enumerate() {
             for (sum, x) in self.sum.iter_mut().zip(row) {
                 if x.is_nan() || x.abs() >= 65_504.0 {
-                    return Err(Error::numerical("the frozen encoder's embedding of a cell is not usable")
-                        .at(format!("training cell {}", self.rows.len() / self.width + i))
-                        .found(x)
-                        .wanted("finite numbers below 65504")
-                        .next("look at the checkpoint with `cellrefine inspect`"));
+                    return Err(Error::new(
+                        Code::EmbeddingOverflow,
+                        "the frozen encoder's embedding of a cell is not usable",
+                    )
+                    .at(format!("training cell {}", self.rows.len() / self.width + i))
+                    .found(x)
+                    .wanted("finite numbers below 65504")
+                    .next("look at the checkpoint with `cellrefine inspect`"));
                 }
                 *sum += *x as f64;
             }

@@ -17,7 +17,7 @@ use super::provenance::provenance;
 use super::run::Run;
 use super::scores::{Scores, classes};
 use crate::device::Act;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::eval::rows::Rows;
 use crate::eval::zero_shot::cosines;
 use crate::ops::Backend;
@@ -50,7 +50,7 @@ pub fn write<B: Backend<A>, A: Act>(
 ) -> Result<Measures> {
     let folder = out.parent().filter(|p| !p.as_os_str().is_empty());
     if let Some(folder) = folder.filter(|p| !p.is_dir()) {
-        return Err(Error::usage("the page's folder is not there")
+        return Err(Error::new(Code::OutputName, "the page's folder is not there")
             .at(folder.display())
             .next(format!("mkdir -p {}", folder.display())));
     }

@@ -2,7 +2,7 @@
 //! that another process fills at this moment is read as far as it has come.
 
 use super::jsonl::{self, NOT_TERMS};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::train::folder::{checkpoints, read_manifest};
 use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
@@ -35,7 +35,8 @@ impl Run {
         let log = path.join("metrics.jsonl");
         let settings = path.join("settings.toml");
         if !log.is_file() {
-            let e = Error::input("not a run folder").at(path.display()).found("no metrics.jsonl");
+            let e =
+                Error::new(Code::RunFolder, "not a run folder").at(path.display()).found("no metrics.jsonl");
             let e = e.wanted("a folder that pretrain, refine or finetune wrote");
             return Err(if settings.is_file() { e.next("wait until the first step is logged") } else { e });
         }
@@ -45,7 +46,9 @@ impl Run {
         };
         let settings = match std::fs::read_to_string(&settings) {
             Ok(text) => toml::from_str(&text).map_err(|e| {
-                Error::input("the run's settings are not TOML").at(settings.display()).found(e.message())
+                Error::new(Code::NotToml, "the run's settings are not TOML")
+                    .at(settings.display())
+                    .found(e.message())
             })?,
             Err(_) => toml::Table::new(),
         };

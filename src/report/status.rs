@@ -6,7 +6,7 @@
 use super::html::brief;
 use super::jsonl::NOT_TERMS;
 use super::provenance::duration;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::train::folder::{checkpoints, read_manifest};
 use serde_json::{Map, Value, json};
 use std::fs::File;
@@ -82,7 +82,7 @@ impl Follower {
     /// Input: not a run folder.
     pub fn new(root: &Path) -> Result<Follower> {
         if !root.join("settings.toml").is_file() && !root.join("metrics.jsonl").is_file() {
-            return Err(Error::input("not a run folder")
+            return Err(Error::new(Code::RunFolder, "not a run folder")
                 .at(root.display())
                 .found("neither settings.toml nor metrics.jsonl")
                 .wanted("a folder that pretrain, refine or finetune wrote"));

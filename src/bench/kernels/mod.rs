@@ -22,7 +22,7 @@ use super::clock::{self, Cache, Clock};
 use super::peak::{Ceiling, Peak};
 use super::{Effort, round4};
 use crate::device::Act;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::model::config::Preset;
 use crate::ops::Backend;
 pub use check::Trial;
@@ -151,9 +151,8 @@ pub fn run<B: Backend<A> + Ceiling + Clock, A: Act>(
     mut note: impl FnMut(&str),
 ) -> Result<Value> {
     if case.lengths.is_empty() || case.lengths.contains(&0) {
-        return Err(
-            Error::usage("no cells, or a cell without tokens, to time").wanted("lengths of at least 1")
-        );
+        return Err(Error::new(Code::BenchCase, "no cells, or a cell without tokens, to time")
+            .wanted("lengths of at least 1"));
     }
     note("ceilings");
     let ceilings = match case.timed {

@@ -1,7 +1,7 @@
 //! Kernels that come from a shared object instead of this build: the mutants of the tests.
 
 use super::super::functions::EmulatedKernel;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use std::ffi::{CStr, CString, c_void};
 
 /// A shared object with emulated kernels. Never closed: a kernel's code may be on a stack somewhere.
@@ -15,7 +15,9 @@ unsafe impl Sync for Library {}
 impl Library {
     pub(super) fn open(path: &str) -> Result<Self> {
         let refused = |why: String| {
-            Error::input("cannot load the kernels of CELLREFINE_EMULATOR_LIBRARY").at(path).found(why)
+            Error::new(Code::EmulatorLibrary, "cannot load the kernels of CELLREFINE_EMULATOR_LIBRARY")
+                .at(path)
+                .found(why)
         };
         let name = CString::new(path).map_err(|e| refused(e.to_string()))?;
         // SAFETY: a C string; what the object runs when it is loaded is the user's choice.

@@ -10,7 +10,7 @@ use super::functions::{gene_attention_forward_32, gene_attention_forward_64, gen
 use super::workspace::bytes;
 use super::{Buf, Cuda, Grid};
 use crate::device::Act;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::ops::gene_attention::{BackwardIn, Dims, GeneAttention, In, Pattern};
 
 /// Rows of a block, 16 for each of its warps.
@@ -42,7 +42,7 @@ macro_rules! by_head_width {
 }
 
 fn unsupported(head_width: usize) -> Error {
-    Error::usage("no attention kernel for this head width")
+    Error::new(Code::KernelShape, "no attention kernel for this head width")
         .found(head_width.to_string())
         .wanted("32, 64 or 128 on this device")
         .next("choose model.width and model.heads so that their quotient is one of these, or --device cpu")

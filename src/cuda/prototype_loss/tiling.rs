@@ -4,7 +4,7 @@ use super::hopper;
 use crate::cuda::Grid;
 use crate::cuda::workspace::bytes;
 use crate::device::Act;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 
 /// Widths of the first pair of kernels, and of the second.
 const NARROW: usize = 256;
@@ -34,7 +34,7 @@ impl Tiling {
     /// Rows wider than they can be (2).
     pub(super) fn new<A: Act>(resident: usize, streamed: usize, width: usize) -> Result<Self> {
         if width > WIDE {
-            return Err(Error::usage("the rows are too wide for the softmax loss kernels")
+            return Err(Error::new(Code::KernelShape, "the rows are too wide for the softmax loss kernels")
                 .found(width)
                 .wanted(format!("at most {WIDE}")));
         }

@@ -5,7 +5,7 @@
 //! place, in the corpus's memory map and in windows of the file.
 
 use crate::corpus::Corpus;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::import::frame::Frame;
 use crate::import::hdf5::{Attribute, H5Source, Node};
 use std::collections::hash_map::DefaultHasher;
@@ -49,7 +49,7 @@ impl<'a> CellNames<'a> {
                 continue;
             }
             if found.is_some() {
-                return Err(Error::input("several cells of the corpus have the name of one cell of the file")
+                return Err(Error::new(Code::CellsUnmatched, "several cells of the corpus have the name of one cell of the file")
                     .at(self.corpus.path().display())
                     .found(format!("{name:?}"))
                     .wanted("names that tell cells apart")
@@ -64,7 +64,7 @@ impl<'a> CellNames<'a> {
 /// Opens `obs` of a file, whatever its matrix holds.
 pub(super) fn open_obs(source: &Arc<dyn H5Source>) -> Result<Frame> {
     let old = || {
-        Error::input("obs is stored in a way that columns cannot be added to")
+        Error::new(Code::H5adNotExtended, "obs is stored in a way that columns cannot be added to")
             .at(format!("{}:obs", source.name()))
             .wanted("a group with an index, as anndata 0.8 and later write it")
             .next("write it again: anndata.read_h5ad(FILE).write_h5ad(NEW)")
@@ -104,7 +104,8 @@ pub(super) fn match_cells(corpus: &Corpus, obs: &Frame, stem: &str) -> Result<Ve
             if let Some(cell) = cell
                 && std::mem::replace(&mut taken[cell as usize], true)
             {
-                return Err(Error::input(
+                return Err(Error::new(
+                    Code::CellsUnmatched,
                     "two rows of the file have the same name, which is that of one cell",
                 )
                 .at(obs.place())
@@ -118,7 +119,7 @@ pub(super) fn match_cells(corpus: &Corpus, obs: &Frame, stem: &str) -> Result<Ve
     if cells.iter().all(|c| *c == ABSENT) && !cells.is_empty() {
         let first = obs.read_texts(obs.index(), 0, 1)?.remove(0);
         let ours = if corpus.cells() > 0 { corpus.cell_id(0)? } else { "no cell" };
-        return Err(Error::input("no cell of the file is in the corpus")
+        return Err(Error::new(Code::CellsUnmatched, "no cell of the file is in the corpus")
             .at(obs.place())
             .found(format!(
                 "{} rows, the first called {first:?}; the corpus starts with {ours:?}",

@@ -19,7 +19,7 @@ pub use cells::ABSENT;
 use super::pending::Pending;
 use super::provenance::Provenance;
 use crate::corpus::Corpus;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::import::hdf5::{H5Source, PureFile};
 use hdf5_pure::{AttrValue, DatasetBuilder, FileAccessProperties, SyncPolicy};
 use std::io::Read;
@@ -60,7 +60,7 @@ impl H5adCopy {
     /// Usage: `out` is the source itself. Input: no such file, no usable `obs`, names that do not fit the corpus.
     pub fn plan(source: &Path, out: &Path, corpus: &Corpus) -> Result<Self> {
         if same_file(source, out) {
-            return Err(Error::usage("the source is never changed in place")
+            return Err(Error::new(Code::OutputExists, "the source is never changed in place")
                 .found(format!("--out {}", out.display()))
                 .wanted("another file than --h5ad")
                 .next("write beside it and move the copy over it when you are content"));
@@ -242,7 +242,7 @@ fn same_file(a: &Path, b: &Path) -> bool {
 fn refused(source: &Path, out: &str, e: hdf5_pure::Error) -> Error {
     match e {
         hdf5_pure::Error::Io(e) => Error::io(out, "write the copy", &e),
-        other => Error::input("this file cannot be added to").at(source.display()).found(other).next(
+        other => Error::new(Code::H5adNotExtended, "this file cannot be added to").at(source.display()).found(other).next(
             "write it again: anndata.read_h5ad(FILE).write_h5ad(NEW); or take the rows as --out FILE.parquet",
         ),
     }

@@ -4,7 +4,7 @@
 //! intensity = FLOP / byte, both as counted;   roof(intensity) = min(peak FLOP/s, intensity · copy bytes/s)
 //! ```
 
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::report::html::{brief, escape, folded_table, number};
 use crate::report::svg::{Scale, Svg};
 use serde_json::Value;
@@ -45,16 +45,19 @@ pub fn read_json(path: &Path) -> Result<Value> {
     let file = std::fs::File::open(path).map_err(|e| failed(&e))?;
     let mut text = String::new();
     file.take(MOST_BYTES + 1).read_to_string(&mut text).map_err(|e| match e.kind() {
-        std::io::ErrorKind::InvalidData => {
-            Error::input("the file is not JSON").at(path.display()).found("bytes that are not UTF-8")
-        }
+        std::io::ErrorKind::InvalidData => Error::new(Code::NotJson, "the file is not JSON")
+            .at(path.display())
+            .found("bytes that are not UTF-8"),
         _ => failed(&e),
     })?;
     if text.len() as u64 > MOST_BYTES {
-        return Err(Error::input("the JSON file is too large").at(path.display()).wanted("at most 256 MiB"));
+        return Err(Error::new(Code::FileTooLarge, "the JSON file is too large")
+            .at(path.display())
+            .wanted("at most 256 MiB"));
     }
-    serde_json::from_str(&text)
-        .map_err(|e| Error::input("the file is not JSON").at(path.display()).found(e.to_string()))
+    serde_json::from_str(&text).map_err(|e| {
+        Error::new(Code::NotJson, "the file is not JSON").at(path.display()).found(e.to_string())
+    })
 }
 
 impl Bench {
@@ -65,7 +68,7 @@ impl Bench {
     pub fn read(path: &Path) -> Result<Bench> {
         let json = read_json(path)?;
         let rows = json["kernels"].as_array().ok_or_else(|| {
-            Error::input("no kernels in the bench file")
+            Error::new(Code::ChartData, "no kernels in the bench file")
                 .at(path.display())
                 .wanted("the JSON of `cellrefine bench kernels --out FILE` or of scripts/gpu-check.sh")
         })?;
@@ -220,7 +223,7 @@ fn time_bars(rows: &[(String, f64, String)], unit: &str) -> String {
 pub fn trace(path: &Path) -> Result<String> {
     let json = read_json(path)?;
     let events = json["traceEvents"].as_array().or_else(|| json.as_array()).ok_or_else(|| {
-        Error::input("no events in the trace file")
+        Error::new(Code::ChartData, "no events in the trace file")
             .at(path.display())
             .wanted("the file of --trace, a Chrome trace")
     })?;

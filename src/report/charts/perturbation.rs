@@ -1,7 +1,7 @@
 //! What deleting or overexpressing genes does: the strongest of a `perturb` table, gene by prototype.
 
 use super::matrix::{Shade, matrix};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::report::html::{escape, folded_table, number};
 use std::collections::HashMap;
 use std::path::Path;
@@ -77,13 +77,13 @@ fn read(text: &str) -> Result<(Vec<String>, Vec<Effect>)> {
     let mut lines = text.lines().enumerate();
     let header = lines.next().map_or("", |(_, line)| line);
     if header != HEADER {
-        let e = Error::input("not a table of perturbations by prototype");
+        let e = Error::new(Code::ChartData, "not a table of perturbations by prototype");
         return Err(e.found(header.chars().take(80).collect::<String>()).wanted(HEADER.replace('\t', ", ")));
     }
     let (mut prototypes, mut effects): (Vec<String>, Vec<Effect>) = (Vec::new(), Vec::new());
     let (mut column, mut row): (HashMap<String, usize>, HashMap<String, usize>) = Default::default();
     for (i, line) in lines {
-        let bad = |what: &str| Error::input(what.to_string()).at(format!("line {}", i + 1));
+        let bad = |what: &str| Error::new(Code::ChartData, what.to_string()).at(format!("line {}", i + 1));
         let fields: Vec<&str> = line.split('\t').collect();
         let [id, symbol, cells, similarity, prototype, shift, ..] = fields[..] else {
             return Err(bad("a line with too few columns"));
@@ -114,7 +114,8 @@ fn read(text: &str) -> Result<(Vec<String>, Vec<Effect>)> {
         shifts.push(float(shift)?);
     }
     if let Some(short) = effects.iter().find(|e| e.shift.len() != prototypes.len()) {
-        return Err(Error::input("a gene without all prototypes: the table is cut off").found(&short.name));
+        return Err(Error::new(Code::ChartData, "a gene without all prototypes: the table is cut off")
+            .found(&short.name));
     }
     Ok((prototypes, effects))
 }

@@ -1,13 +1,15 @@
 //! One error type for the whole crate: where, what was found, what was wanted, and what to do next.
 //!
 //! The library returns [`Error`]; only `main` prints it. Its [`Kind`] fixes the exit code of the command line, so that a
-//! script can tell "the file is broken" from "this machine lacks memory" without reading text.
+//! script can tell "the file is broken" from "this machine lacks memory" without reading text; its [`Code`] names the
+//! failure for good, for `cellrefine explain` and for whoever searches for it.
+
+mod code;
+
+pub use code::Code;
 
 use std::fmt;
 use std::path::Path;
-
-/// First line of a refused allocation, whoever refuses it.
-const OUT_OF_MEMORY: &str = "out of memory";
 
 /// `Result` with this crate's [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
@@ -55,23 +57,23 @@ impl Kind {
     }
 }
 
-/// An error with its place and its remedy. Build it with a kind and the fields that apply:
+/// An error with its place and its remedy. Build it with a code, which fixes the kind, and the fields that apply:
 ///
 /// ```
-/// use cellrefine::error::Error;
-/// let e = Error::input("indptr is not monotone")
+/// use cellrefine::error::{Code, Error};
+/// let e = Error::new(Code::SparseOffsets, "indptr is not monotone")
 ///     .at("pbmc.h5ad:X/indptr[17]")
 ///     .found("1024 after 2048")
 ///     .wanted("offsets that never fall")
 ///     .next("re-export the file with anndata.write_h5ad");
-/// assert_eq!(e.kind().exit_code(), 3);
+/// assert_eq!((e.kind().exit_code(), e.code().to_string().as_str()), (3, "CR0307"));
 /// ```
 #[derive(Debug, Clone)]
 pub struct Error(Box<Parts>);
 
 #[derive(Debug, Clone)]
 struct Parts {
-    kind: Kind,
+    code: Code,
     what: String,
     place: Option<String>,
     found: Option<String>,
@@ -80,40 +82,45 @@ struct Parts {
 }
 
 impl Error {
-    /// A new error of `kind`; `what` is one line without a final stop.
-    pub fn new(kind: Kind, what: impl Into<String>) -> Self {
-        Error(Box::new(Parts { kind, what: what.into(), place: None, found: None, wanted: None, next: None }))
+    /// A new error of `code`; `what` is one line without a final stop.
+    pub fn new(code: Code, what: impl Into<String>) -> Self {
+        Error(Box::new(Parts { code, what: what.into(), place: None, found: None, wanted: None, next: None }))
     }
     /// A fault of this program (exit 1).
     pub fn bug(what: impl Into<String>) -> Self {
-        Self::new(Kind::Bug, what)
+        Self::new(Code::Bug, what)
     }
-    /// Wrong flags or settings (exit 2).
+    /// Until the last caller names its code.
+    #[deprecated(note = "Error::new(Code::…, what)")]
     pub fn usage(what: impl Into<String>) -> Self {
-        Self::new(Kind::Usage, what)
+        Self::new(Code::FlagValue, what)
     }
-    /// A file or its content cannot be used (exit 3).
+    /// Until the last caller names its code.
+    #[deprecated(note = "Error::new(Code::…, what)")]
     pub fn input(what: impl Into<String>) -> Self {
-        Self::new(Kind::Input, what)
+        Self::new(Code::FileCut, what)
     }
-    /// The machine lacks something (exit 4).
+    /// Until the last caller names its code.
+    #[deprecated(note = "Error::new(Code::…, what)")]
     pub fn environment(what: impl Into<String>) -> Self {
-        Self::new(Kind::Environment, what)
+        Self::new(Code::FileSystem, what)
     }
-    /// Training left the finite numbers (exit 6).
+    /// Until the last caller names its code.
+    #[deprecated(note = "Error::new(Code::…, what)")]
     pub fn numerical(what: impl Into<String>) -> Self {
-        Self::new(Kind::Numerical, what)
+        Self::new(Code::LossNotFinite, what)
     }
-    /// Stopped by a signal, with a checkpoint on disk (exit 5).
+    /// Until the last caller names its code.
+    #[deprecated(note = "Error::new(Code::…, what)")]
     pub fn interrupted(what: impl Into<String>) -> Self {
-        Self::new(Kind::Interrupted, what)
+        Self::new(Code::Checkpointed, what)
     }
     /// A device that refuses `bytes` of memory (exit 4); `free` is what it has left, of its whole, where that is known.
     pub fn out_of_memory(bytes: usize, free: Option<(usize, usize)>) -> Self {
         let mb = |bytes: usize| bytes as f64 / 1e6;
         let free =
             free.map_or(String::new(), |(free, of)| format!("; {:.2} of {:.2} MB free", mb(free), mb(of)));
-        Self::environment(OUT_OF_MEMORY).found(format!("{:.2} MB refused{free}", mb(bytes))).next(
+        Self::new(Code::OutOfMemory, "out of memory").found(format!("{:.2} MB refused{free}", mb(bytes))).next(
             "lower batch.tokens, batch.cells or batch.max_tokens; `cellrefine plan` prints what a run needs",
         )
     }
@@ -121,16 +128,15 @@ impl Error {
     /// write is the environment's.
     pub fn io(path: impl AsRef<Path>, doing: &str, e: &std::io::Error) -> Self {
         use std::io::ErrorKind as K;
-        let kind = match e.kind() {
-            K::NotFound
-            | K::PermissionDenied
-            | K::InvalidData
-            | K::UnexpectedEof
-            | K::IsADirectory
-            | K::NotADirectory => Kind::Input,
-            _ => Kind::Environment,
+        let code = match e.kind() {
+            K::NotFound => Code::FileMissing,
+            K::PermissionDenied => Code::FileForbidden,
+            K::IsADirectory | K::NotADirectory => Code::FileKind,
+            K::InvalidData | K::UnexpectedEof => Code::FileCut,
+            K::StorageFull | K::QuotaExceeded | K::FileTooLarge => Code::DiskFull,
+            _ => Code::FileSystem,
         };
-        Self::new(kind, format!("cannot {doing}"))
+        Self::new(code, format!("cannot {doing}"))
             .at(path.as_ref().display().to_string())
             .found(e.to_string())
     }
@@ -158,11 +164,15 @@ impl Error {
 
     /// Is this a refused allocation, of [`Error::out_of_memory`]?
     pub fn is_out_of_memory(&self) -> bool {
-        self.0.what == OUT_OF_MEMORY
+        self.0.code == Code::OutOfMemory
+    }
+    /// The code that names the failure.
+    pub fn code(&self) -> Code {
+        self.0.code
     }
     /// The kind, and with it the exit code.
     pub fn kind(&self) -> Kind {
-        self.0.kind
+        self.0.code.kind()
     }
     /// The one-line statement of what failed.
     pub fn what(&self) -> &str {
@@ -183,8 +193,9 @@ impl Error {
     /// The same object as printed under `--json`.
     pub fn to_json(&self) -> serde_json::Value {
         let p = &self.0;
-        serde_json::json!({"error": {"kind": p.kind.name(), "message": p.what, "where": p.place, "found": p.found,
-            "wanted": p.wanted, "next": p.next, "exit_code": p.kind.exit_code()}})
+        let kind = p.code.kind();
+        serde_json::json!({"error": {"code": p.code.to_string(), "kind": kind.name(), "message": p.what,
+            "where": p.place, "found": p.found, "wanted": p.wanted, "next": p.next, "exit_code": kind.exit_code()}})
     }
 }
 
@@ -238,7 +249,11 @@ mod tests {
 
     #[test]
     fn display_has_one_line_per_field() {
-        let e = Error::input("no such column").at("a.h5ad:obs").found("x, y").wanted("z").next("--label x");
+        let e = Error::new(Code::ColumnMissing, "no such column")
+            .at("a.h5ad:obs")
+            .found("x, y")
+            .wanted("z")
+            .next("--label x");
         let lines: Vec<String> = e.to_string().lines().map(str::to_string).collect();
         assert_eq!(lines.len(), 5);
         assert!(lines[1].contains("a.h5ad:obs") && lines[4].contains("--label x"));
