@@ -5,7 +5,7 @@ mod conformance;
 
 use cellrefine::collective::tcp::{self, Place};
 use cellrefine::collective::{Collective, threads};
-use cellrefine::error::{Error, Kind};
+use cellrefine::error::{Code, Error, Kind};
 use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
@@ -94,7 +94,7 @@ fn a_rank_that_ends_fails_or_strays_is_named() {
 
         let e = rank_0_meets(sockets, PATIENT, |all| {
             let failed: Result<(), Error> =
-                all.guard(|| Err(Error::new(Code::FileMissing, "shard 3 is damaged").at("x.cells")));
+                all.guard(|| Err(Error::new(Code::ShardBlock, "shard 3 is damaged").at("x.cells")));
             assert_eq!(failed.unwrap_err().kind(), Kind::Input);
         });
         assert!(e.kind() == Kind::Environment && e.to_string().contains("rank 1 stopped"), "{e}");

@@ -284,7 +284,9 @@ fn a_checkpoint_comes_back_bit_for_bit_and_by_pointer() {
     let about = checkpoint::describe(&run).unwrap();
     assert_eq!(about["parameters"], params.layout().parameters());
     // A failed write leaves the old folder and nothing else.
-    let failed = checkpoint::publish(&folder, |_| Err(cellrefine::error::Error::environment("disk full")));
+    let failed = checkpoint::publish(&folder, |_| {
+        Err(cellrefine::error::Error::new(cellrefine::error::Code::DiskFull, "disk full"))
+    });
     assert!(failed.is_err() && folder.join("config.json").is_file());
     assert_eq!(std::fs::read_dir(run.join("checkpoints")).unwrap().count(), 1);
 }

@@ -9,7 +9,7 @@ use super::trunk::{Draw, Trunk};
 use crate::config::{ClassWeights, FinetuneSettings};
 use crate::corpus::{Batch, Labels};
 use crate::device::{Act, Device};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::eval::metrics::classification;
 use crate::model::heads::{self, Classify};
 use crate::model::ledger::Ledger;
@@ -104,7 +104,8 @@ impl<B: Backend<A>, A: Act> Finetune<B, A> {
         let (classes, width) = (labels.classes.len(), config.width);
         if counts.iter().filter(|n| **n > 0).count() < 2 {
             let only = counts.iter().position(|n| *n > 0).map_or("no class", |c| &labels.classes[c]);
-            return Err(Error::input(
+            return Err(Error::new(
+                Code::SplitClasses,
                 "a classifier needs cells of at least two classes in the training split",
             )
             .at(format!("obs column {}", labels.column))
@@ -271,13 +272,17 @@ impl<B: Backend<A>, A: Act> Task<B, A> for Finetune<B, A> {
     fn restore(&mut self, dev: &B, folder: &Path) -> Result<()> {
         let named = self.weight.named();
         let width = crate::device::Len::len(&named.weight) / self.labels.classes.len();
-        let loaded = checkpoint::read_classifier(folder, width)?
-            .ok_or_else(|| Error::input("the checkpoint holds no classifier").at(folder.display()))?;
+        let loaded = checkpoint::read_classifier(folder, width)?.ok_or_else(|| {
+            Error::new(Code::CheckpointClassifier, "the checkpoint holds no classifier").at(folder.display())
+        })?;
         if loaded.labels != self.labels.classes {
-            return Err(Error::input("the checkpoint's classifier has other classes")
-                .at(folder.display())
-                .found(loaded.labels.join(", "))
-                .wanted(self.labels.classes.join(", ")));
+            return Err(Error::new(
+                Code::CheckpointClassifier,
+                "the checkpoint's classifier has other classes",
+            )
+            .at(folder.display())
+            .found(loaded.labels.join(", "))
+            .wanted(self.labels.classes.join(", ")));
         }
         let named = self.weight.named_mut();
         dev.write(&mut named.weight, &loaded.weights.weight)?;

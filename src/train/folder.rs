@@ -5,7 +5,7 @@
 //! loss at any moment leaves the ones before it. `best` and `last` hold a checkpoint's name and are replaced by rename; they are
 //! a convenience, never believed without the manifest behind them.
 
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::model::checkpoint::{self, Pointer, write_synced};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -42,7 +42,7 @@ impl RunFolder {
         if unsafe { libc::flock(lock.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } != 0 {
             let mut holder = String::new();
             let _ = lock.read_to_string(&mut holder);
-            return Err(Error::environment("another process writes this run folder")
+            return Err(Error::new(Code::AnotherWriter, "another process writes this run folder")
                 .at(root.display())
                 .found(holder.trim())
                 .next("wait for it, or choose another --out"));
@@ -136,7 +136,7 @@ pub fn checkpoints(root: &Path) -> Result<Vec<(u64, PathBuf)>> {
 pub fn verify(place: &Path) -> Result<Value> {
     let manifest = read_manifest(place)?;
     let broken = |file: &str, what: &str| {
-        Error::input(format!("checkpoint file {what}"))
+        Error::new(Code::CheckpointDamaged, format!("checkpoint file {what}"))
             .at(place.join(file).display())
             .next("continue from an older one: --resume=auto")
     };
@@ -167,7 +167,9 @@ pub fn read_manifest(place: &Path) -> Result<Value> {
     let text =
         fs::read_to_string(&path).map_err(|e| Error::io(&path, "read the checkpoint's manifest", &e))?;
     serde_json::from_str(&text).map_err(|e| {
-        Error::input("the checkpoint's manifest is not JSON").at(path.display()).found(e.to_string())
+        Error::new(Code::CheckpointDamaged, "the checkpoint's manifest is not JSON")
+            .at(path.display())
+            .found(e.to_string())
     })
 }
 
@@ -273,7 +275,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let run = RunFolder::open(dir.path()).unwrap();
         let place = publish(&run, 7);
-        let failed = run.publish(8, json!({}), |_| Err(Error::environment("disk full")));
+        let failed = run.publish(8, json!({}), |_| Err(Error::new(Code::DiskFull, "disk full")));
         assert_eq!(failed.unwrap_err().kind().exit_code(), 4);
         assert_eq!(fs::read_dir(dir.path().join("checkpoints")).unwrap().count(), 1);
         let mut bytes = fs::read(place.join("weights")).unwrap();

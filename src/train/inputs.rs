@@ -7,7 +7,7 @@ use crate::collective::Collective;
 use crate::config::{Settings, Sources, Stage};
 use crate::corpus::splits::{SplitRecord, SplitRule};
 use crate::corpus::{Corpus, Split, SplitSpec};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::genes::Vocab;
 use crate::genes::markers_file::RawSets;
 use crate::model::checkpoint::{self, VOCABULARY};
@@ -113,7 +113,7 @@ pub fn open(
 ) -> Result<Opened> {
     let corpus = Arc::new(Corpus::open(&inputs.corpus)?);
     if corpus.cells() == 0 {
-        return Err(Error::input("the corpus has no cells")
+        return Err(Error::new(Code::NoCells, "the corpus has no cells")
             .at(corpus.path().display())
             .next("pack it again"));
     }
@@ -128,7 +128,9 @@ pub fn open(
             config
         }
         (None, Some(name)) => Preset::named(name)?.config(vocab.len(), vocabulary),
-        _ => return Err(Error::usage("name either a preset or a checkpoint to start from")),
+        _ => {
+            return Err(Error::new(Code::FlagConflict, "name either a preset or a checkpoint to start from"));
+        }
     };
     // One rank looks, for all of them: they must not choose differently.
     let resume = inputs.ranks.lead(|| {
@@ -208,7 +210,8 @@ impl Opened {
 /// The genes of all sets of a marker file.
 fn globals(file: &Path, vocab: &Vocab, config: &ModelConfig) -> Result<Vec<u32>> {
     if config.attention == Pattern::Dense {
-        return Err(Error::usage(
+        return Err(Error::new(
+            Code::FlagConflict,
             "--markers names the global tokens of marker-sparse attention, and attention is dense",
         )
         .at(file.display())
@@ -221,14 +224,16 @@ fn globals(file: &Path, vocab: &Vocab, config: &ModelConfig) -> Result<Vec<u32>>
 fn resume_point(inputs: &RunInputs, observer: &mut dyn Observer) -> Result<Option<PathBuf>> {
     let found = checkpoints(&inputs.out)?;
     match inputs.resume {
-        Resume::No if !found.is_empty() => Err(Error::usage("the run folder holds a run already")
-            .at(inputs.out.display())
-            .found(format!("{} checkpoints, the newest of step {}", found.len(), found[0].0))
-            .next("continue it with --resume, or choose another --out")),
+        Resume::No if !found.is_empty() => {
+            Err(Error::new(Code::OutputExists, "the run folder holds a run already")
+                .at(inputs.out.display())
+                .found(format!("{} checkpoints, the newest of step {}", found.len(), found[0].0))
+                .next("continue it with --resume, or choose another --out"))
+        }
         Resume::No => Ok(None),
         Resume::Last => match found.into_iter().next() {
             Some((_, place)) => verify(&place).map(|_| Some(place)),
-            None => Err(Error::input("there is no checkpoint to resume from")
+            None => Err(Error::new(Code::NoResume, "there is no checkpoint to resume from")
                 .at(inputs.out.display())
                 .next("leave --resume out, or --resume=auto to start afresh where there is none")),
         },
@@ -277,11 +282,14 @@ fn effective(stage: Stage, inputs: &RunInputs, config: &ModelConfig, resumes: bo
     };
     for ((name, wanted), (_, found)) in flat(&of_start)?.into_iter().zip(flat(&now)?) {
         if wanted != found && !FREE.contains(&name.as_str()) {
-            return Err(Error::input(format!("setting {name} differs from the run's start"))
-                .at(saved.display())
-                .found(found)
-                .wanted(wanted)
-                .next("leave it out to continue the run, or start another with another --out"));
+            return Err(Error::new(
+                Code::ResumeOther,
+                format!("setting {name} differs from the run's start"),
+            )
+            .at(saved.display())
+            .found(found)
+            .wanted(wanted)
+            .next("leave it out to continue the run, or start another with another --out"));
         }
     }
     Ok(now)
@@ -320,7 +328,9 @@ fn divide(
         return Split::restore(corpus, &read_split(&inputs.out.join(SPLIT))?);
     }
     let rule = match (&flags.split, &flags.holdout) {
-        (Some(_), Some(_)) => return Err(Error::usage("--split and --holdout exclude each other")),
+        (Some(_), Some(_)) => {
+            return Err(Error::new(Code::FlagConflict, "--split and --holdout exclude each other"));
+        }
         (Some(text), None) => Some(SplitRule::parse_fractions(text)?),
         (None, Some(text)) => Some(SplitRule::parse_holdout(text, flags.validation)?),
         (None, None) => None,
@@ -365,7 +375,7 @@ fn take_over(corpus: &Corpus, record: SplitRecord, flags: &SplitFlags) -> Result
     let same_cells = flags.exclude.is_empty() || flags.exclude == record.spec.exclude;
     if !same_label || !same_cells {
         let spec = &record.spec;
-        return Err(Error::usage("the checkpoint's run divided its cells in another way")
+        return Err(Error::new(Code::SplitOther, "the checkpoint's run divided its cells in another way")
             .found(format!("label {:?}, left out {:?}", flags.label, flags.exclude))
             .wanted(format!("label {:?}, left out {:?}, as in that run", spec.label, spec.exclude))
             .next("pretrain with the same --label and --exclude-label, or give --split for a new division"));
@@ -387,6 +397,8 @@ fn take_over(corpus: &Corpus, record: SplitRecord, flags: &SplitFlags) -> Result
 pub fn read_split(place: &Path) -> Result<SplitRecord> {
     let text = std::fs::read_to_string(place).map_err(|e| Error::io(place, "read the run's split", &e))?;
     serde_json::from_str(&text).map_err(|e| {
-        Error::input("the split's record cannot be read").at(place.display()).found(e.to_string())
+        Error::new(Code::SplitRecord, "the split's record cannot be read")
+            .at(place.display())
+            .found(e.to_string())
     })
 }

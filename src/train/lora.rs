@@ -14,7 +14,7 @@
 use super::optimizer::{Group, Moments, Span, update};
 use crate::config::{LoraSettings, LoraTargets, OptimizerSettings};
 use crate::device::{Act, Device, Len};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::model::ledger::Ledger;
 use crate::model::store::initial;
 use crate::model::tensors::{self, Declared, TensorFile};
@@ -92,10 +92,13 @@ impl AdapterLayout {
                 return Err(Error::bug("an adapted parameter is no matrix").found(&parameter.name));
             };
             if rank > outputs.min(inputs) {
-                return Err(Error::usage("lora.rank is beyond the matrices that it adapts")
-                    .at(&parameter.name)
-                    .found(rank)
-                    .wanted(format!("at most {}", outputs.min(inputs))));
+                return Err(Error::new(
+                    Code::SettingValue,
+                    "lora.rank is beyond the matrices that it adapts",
+                )
+                .at(&parameter.name)
+                .found(rank)
+                .wanted(format!("at most {}", outputs.min(inputs))));
             }
             for (i, stored) in parameter.stored_as.iter().enumerate() {
                 let start = range.start + i * outputs * inputs;
@@ -111,7 +114,7 @@ impl AdapterLayout {
             }
         }
         if adapters.is_empty() {
-            return Err(Error::usage("lora.rank is set, and no layer learns")
+            return Err(Error::new(Code::SettingConflict, "lora.rank is set, and no layer learns")
                 .next("lower finetune.freeze_layers, or leave lora.rank out"));
         }
         let mut b = a;

@@ -6,7 +6,7 @@ use super::trunk::{Draw, Logical, Trunk};
 use crate::config::MaskSettings;
 use crate::corpus::{Batch, BatchOptions, Packer};
 use crate::device::Act;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::model::heads::{MaskedGenes, Masking};
 use crate::model::ledger::Ledger;
 use crate::model::{Capacity, ModelConfig, Pass};
@@ -170,11 +170,12 @@ impl<B: Backend<A>, A: Act> Task<B, A> for Pretrain<B, A> {
         trunk.ranks.sum(&mut sums)?;
         let [loss, masked] = sums;
         if masked == 0.0 {
-            return Err(Error::input("the validation cells have no gene to mask").found(format!(
-                "{} cells, mask.probability {}",
-                cells.len(),
-                self.term.settings.probability
-            )));
+            return Err(Error::new(Code::NoLabelledCells, "the validation cells have no gene to mask")
+                .found(format!(
+                    "{} cells, mask.probability {}",
+                    cells.len(),
+                    self.term.settings.probability
+                )));
         }
         Ok(Evaluation {
             measure: "val_mlm",

@@ -14,7 +14,7 @@ use super::trunk::{Draw, Logical, Trunk};
 use crate::config::MaskSettings;
 use crate::corpus::Batch;
 use crate::device::{Act, Device};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::eval::metrics::recall_at;
 use crate::eval::rows::centred_unit_rows;
 use crate::model::heads;
@@ -102,7 +102,8 @@ impl<B: Backend<A>, A: Act> Refine<B, A> {
         let (depth, width, cells) = (config.depth(config.layer)?, config.width, trunk.options.cells);
         let mlm = objective.config().mlm > 0.0;
         if mlm && depth != config.layers {
-            return Err(Error::usage(
+            return Err(Error::new(
+                Code::SettingConflict,
                 "the masked-gene term reads the last layer, and so must the cell vector",
             )
             .found(format!("model.layer = {}", config.layer))
@@ -287,7 +288,8 @@ impl<B: Backend<A>, A: Act> Task<B, A> for Refine<B, A> {
             known.iter().map(|cell| Some(truth[*cell as usize] as usize)).collect();
         let recall =
             recall_at(&self.cosines(trunk, &known)?, self.names.len(), &truth, &[1])?.ok_or_else(|| {
-                Error::input("no validation cell has a label").next("leave val= out of --split")
+                Error::new(Code::NoLabelledCells, "no validation cell has a label")
+                    .next("leave val= out of --split")
             })?;
         Ok(Evaluation {
             measure,
@@ -331,13 +333,18 @@ impl<B: Backend<A>, A: Act> Task<B, A> for Refine<B, A> {
 
     fn restore(&mut self, dev: &B, folder: &Path) -> Result<()> {
         let width = self.spans[0].range.end / self.names.len();
-        let stored = StoredPrototypes::read(folder, width)?
-            .ok_or_else(|| Error::input("the checkpoint holds no prototypes").at(folder.display()))?;
-        if stored.names != self.names {
-            return Err(Error::input("the checkpoint's prototypes are of other types")
+        let stored = StoredPrototypes::read(folder, width)?.ok_or_else(|| {
+            Error::new(Code::CheckpointLacksPrototypes, "the checkpoint holds no prototypes")
                 .at(folder.display())
-                .found(stored.names.join(", "))
-                .wanted(self.names.join(", ")));
+        })?;
+        if stored.names != self.names {
+            return Err(Error::new(
+                Code::CheckpointPrototypes,
+                "the checkpoint's prototypes are of other types",
+            )
+            .at(folder.display())
+            .found(stored.names.join(", "))
+            .wanted(self.names.join(", ")));
         }
         dev.write(self.objective.parameters().0, &stored.vectors)
     }

@@ -11,7 +11,7 @@ use super::trunk::Trunk;
 use crate::corpus::Corpus;
 use crate::corpus::splits::TrainingCells;
 use crate::device::{Act, Device};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::genes::marker_score::{Standardiser, marker_scores};
 use crate::genes::markers::{MarkerSets, read_marker_map};
 use crate::genes::markers_derive::derive;
@@ -50,7 +50,7 @@ pub fn marker_sets(
 ) -> Result<MarkerSets> {
     if inputs.markers == Path::new("derive") {
         if !labelled {
-            return Err(Error::usage("markers can be derived from labelled cells alone")
+            return Err(Error::new(Code::MarkersNeeded, "markers can be derived from labelled cells alone")
                 .next("add --label COLUMN, or give a marker file with --markers"));
         }
         return Ok(derive(&opened.corpus, training, DERIVED_GENES)?.markers);

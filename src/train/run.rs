@@ -22,7 +22,7 @@ use super::trunk::{Draw, Trunk, work};
 use crate::config::{Settings, Stage};
 use crate::corpus::{Batch, Loader, Packer, Sampler};
 use crate::device::{Act, Later};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::model::checkpoint::{self, Pointer};
 use crate::model::flops::Work;
 use crate::ops::Backend;
@@ -81,7 +81,7 @@ pub fn run<B: Backend<A>, A: Act>(
 ) -> Result<RunSummary> {
     let settings = session.settings.clone();
     if sampler.epoch_len() == 0 {
-        return Err(Error::input("no cell to train on")
+        return Err(Error::new(Code::NoCells, "no cell to train on")
             .next("look at --split, --labels-per-class and --exclude-label"));
     }
     let state = match session.resume.clone() {
@@ -418,7 +418,7 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
         }
         let sums = ranks.messages(&sum.to_le_bytes())?;
         let Some(other) = sums.iter().position(|theirs| *theirs != sums[0]) else { return Ok(()) };
-        Err(Error::environment("the ranks hold different weights")
+        Err(Error::new(Code::RanksDiffer, "the ranks hold different weights")
             .at(format!("step {}, ranks 0 and {other}", self.state.step))
             .found("CRCs of the weights that differ")
             .wanted("the same bits on every rank: one build, one kind of processor or GPU")
@@ -451,7 +451,7 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
         let command = self.session.resume_command.clone();
         let hint = command
             .unwrap_or_else(|| format!("--resume with --out {}", self.session.folder.path().display()));
-        Error::interrupted(format!("checkpointed at step {step}"))
+        Error::new(Code::Checkpointed, format!("checkpointed at step {step}"))
             .at(self.session.folder.path().display())
             .next(format!("resume with: {hint}"))
     }

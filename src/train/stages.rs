@@ -17,7 +17,7 @@ use crate::config::{HeadStart, Stage};
 use crate::corpus::splits::SplitRule;
 use crate::corpus::{Sampler, Sampling};
 use crate::device::Act;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::genes::markers::MarkerSets;
 use crate::model::Parameters;
 use crate::model::checkpoint::{self, LoadOptions};
@@ -36,7 +36,7 @@ pub fn pretrain(inputs: &RunInputs, observer: &mut dyn Observer) -> Result<RunSu
     inputs.ranks.guard(|| {
         let opened = open(Stage::Pretrain, inputs, SplitRule::All, observer)?;
         if opened.settings.lora.rank > 0 {
-            return Err(Error::usage("adapters are for refine and finetune")
+            return Err(Error::new(Code::SettingConflict, "adapters are for refine and finetune")
                 .found(format!("lora.rank = {}", opened.settings.lora.rank))
                 .next("leave lora.rank out"));
         }
@@ -67,7 +67,9 @@ fn pretrain_on<B: Backend<A> + Ceiling, A: Act>(
 pub fn finetune(inputs: &RunInputs, observer: &mut dyn Observer) -> Result<RunSummary> {
     inputs.ranks.guard(|| {
         if inputs.split.label.is_none() {
-            return Err(Error::usage("finetune needs a label column").next("--label COLUMN"));
+            return Err(
+                Error::new(Code::LabelsNeeded, "finetune needs a label column").next("--label COLUMN")
+            );
         }
         let rule = SplitRule::parse_fractions(DEFAULT_SPLIT)?;
         let opened = open(Stage::Finetune, inputs, rule, observer)?;
@@ -97,7 +99,7 @@ fn finetune_on<B: Backend<A> + Ceiling, A: Act>(
     };
     let frozen = settings.finetune.freeze_layers;
     if frozen > opened.config.layers {
-        return Err(Error::usage("finetune.freeze_layers is beyond the encoder")
+        return Err(Error::new(Code::SettingValue, "finetune.freeze_layers is beyond the encoder")
             .found(frozen)
             .wanted(format!("at most {}", opened.config.layers)));
     }
@@ -152,9 +154,8 @@ fn refine_on<B: Backend<A> + Ceiling, A: Act>(
         (true, sampling) => Sampler::over(&training, sampling, settings.seed)?,
         (false, Sampling::None) => Sampler::of_cells(training.cells().to_vec(), settings.seed)?,
         (false, _) => {
-            return Err(
-                Error::usage("class sampling needs labels").next("add --label, or leave batch.sampling out")
-            );
+            return Err(Error::new(Code::LabelsNeeded, "class sampling needs labels")
+                .next("add --label, or leave batch.sampling out"));
         }
     };
     if matches!(opened.config.attention, Pattern::MarkerSparse { .. }) {

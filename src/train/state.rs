@@ -6,7 +6,7 @@
 use super::optimizer::Moments;
 use crate::corpus::SamplerState;
 use crate::device::{Device, Len};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::model::tensors::{self, Declared, TensorFile};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -61,7 +61,7 @@ impl LoopState {
     /// Input: another format, or inputs that are not the run's: corpus, vocabulary, label, markers, split.
     pub fn read(manifest: &Value, identity: &Value, place: &Path) -> Result<LoopState> {
         if manifest["format"].as_u64() != Some(FORMAT as u64) {
-            return Err(Error::input("the checkpoint's state has another format")
+            return Err(Error::new(Code::CheckpointState, "the checkpoint's state has another format")
                 .at(place.display())
                 .found(&manifest["format"])
                 .wanted(FORMAT));
@@ -71,10 +71,10 @@ impl LoopState {
         for (name, mine) in identity.as_object().unwrap_or(&empty) {
             let there = theirs.get(name).unwrap_or(&Value::Null);
             if there != mine {
-                return Err(Error::input(format!(
-                    "the run was started with another {}",
-                    name.replace('_', " ")
-                ))
+                return Err(Error::new(
+                    Code::ResumeOther,
+                    format!("the run was started with another {}", name.replace('_', " ")),
+                )
                 .at(place.display())
                 .found(mine)
                 .wanted(there)
@@ -82,7 +82,9 @@ impl LoopState {
             }
         }
         serde_json::from_value(manifest["loop"].clone()).map_err(|e| {
-            Error::input("the checkpoint's state cannot be read").at(place.display()).found(e.to_string())
+            Error::new(Code::CheckpointState, "the checkpoint's state cannot be read")
+                .at(place.display())
+                .found(e.to_string())
         })
     }
 }

@@ -10,7 +10,7 @@ use crate::collective::Collective;
 use crate::config::Settings;
 use crate::corpus::{Batch, BatchOptions, Corpus};
 use crate::device::{Act, StepSizes};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::model::flops::Work;
 use crate::model::heads::Masking;
 use crate::model::ledger::Ledger;
@@ -289,7 +289,7 @@ fn batch_options(config: &ModelConfig, corpus: &Corpus, settings: &Settings) -> 
     let b = &settings.batch;
     let context = if b.max_tokens == 0 { config.positions } else { b.max_tokens };
     if context > config.positions {
-        return Err(Error::usage("batch.max_tokens is beyond the model's context")
+        return Err(Error::new(Code::SettingValue, "batch.max_tokens is beyond the model's context")
             .found(context)
             .wanted(format!("at most {}", config.positions)));
     }
@@ -297,15 +297,18 @@ fn batch_options(config: &ModelConfig, corpus: &Corpus, settings: &Settings) -> 
     let longest = (0..corpus.cells()).map(|cell| corpus.len_of(cell)).max().unwrap_or(0) + special;
     let max_tokens = context.min(longest);
     if max_tokens <= special {
-        return Err(Error::usage("batch.max_tokens leaves no room for genes")
+        return Err(Error::new(Code::SettingValue, "batch.max_tokens leaves no room for genes")
             .found(context)
             .wanted(format!("more than the {special} special tokens")));
     }
     if config.value_bins > 0 && !corpus.manifest().values {
-        return Err(Error::input("the network reads expression values and the corpus stores none")
-            .at(corpus.path().display())
-            .found(format!("model.value_bins = {}", config.value_bins))
-            .next("pack the corpus again with --values, or --set model.value_bins=0"));
+        return Err(Error::new(
+            Code::ValuesMissing,
+            "the network reads expression values and the corpus stores none",
+        )
+        .at(corpus.path().display())
+        .found(format!("model.value_bins = {}", config.value_bins))
+        .next("pack the corpus again with --values, or --set model.value_bins=0"));
     }
     Ok(BatchOptions {
         cells: b.cells,

@@ -81,8 +81,9 @@ pub fn conformance(all: &Collective) {
     let made = all.lead(|| Ok(vec![3, 1, 4])).unwrap();
     assert_eq!(made, [3, 1, 4]);
     assert_eq!(all.lead(|| Ok(Vec::new())).unwrap(), Vec::<u8>::new());
-    let failed =
-        all.lead(|| Err(cellrefine::error::Error::new(Code::FileMissing, "no such file"))).unwrap_err();
+    let failed = all
+        .lead(|| Err(cellrefine::error::Error::new(cellrefine::error::Code::FileMissing, "no such file")))
+        .unwrap_err();
     assert!(failed.to_string().contains("no such file"), "{failed}");
     all.barrier().unwrap();
 }

@@ -5,7 +5,7 @@ use super::super::optimizer::{BAD_SLOT, NORM_SLOT};
 use super::super::task::Loss;
 use super::Run;
 use crate::device::{Act, Later};
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::ops::Backend;
 use crate::trace;
 use serde_json::json;
@@ -87,7 +87,7 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
 }
 
 fn stopped(in_a_row: u64, step: u64, place: &str, most: u64) -> Error {
-    Error::numerical(format!("{in_a_row} steps in a row with a NaN or an infinity"))
+    Error::new(Code::LossNotFinite, format!("{in_a_row} steps in a row with a NaN or an infinity"))
         .at(format!("step {step}, {place}"))
         .wanted(format!("fewer than train.max_bad_steps = {most}"))
         .next("lower optimizer.learning_rate, and go on from the last checkpoint with --resume")
