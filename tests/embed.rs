@@ -329,7 +329,7 @@ fn a_damaged_source_is_refused_without_a_trace_or_copied_whole() {
         let stderr = String::from_utf8_lossy(&done.stderr);
         match done.status.code() {
             Some(0) => assert!(PureFile::open(Path::new(&out)).is_ok()),
-            Some(3) => assert!(stderr.starts_with("error: ") && !Path::new(&out).exists(), "{stderr}"),
+            Some(3) => assert!(stderr.starts_with("error[CR") && !Path::new(&out).exists(), "{stderr}"),
             other => panic!("round {round}: exit {other:?}: {stderr}"),
         }
         let _ = std::fs::remove_file(&out);

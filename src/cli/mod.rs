@@ -5,11 +5,13 @@
 
 mod annotate;
 mod bench;
+mod bug_report;
 mod completions;
 mod demo;
 mod doctor;
 mod embed;
 mod eval;
+mod explain;
 mod export;
 mod finetune;
 mod inspect;
@@ -30,7 +32,7 @@ mod watch;
 pub use progress::Progress;
 
 use crate::backend::Choice;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Kind, Result};
 use clap::{Args, Parser, Subcommand};
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
@@ -154,10 +156,19 @@ enum Command {
     Plan(plan::Flags),
     /// What this build and this machine can do.
     Doctor(doctor::Flags),
+    /// What an error's code means and what to do about it.
+    Explain(explain::Flags),
     /// Completions for a shell, on stdout.
     Completions(completions::Flags),
     /// Manual pages, one a command, into a folder.
     Man(man::Flags),
+    /// Breaks off as a fault of the program would, so that its report can be tested.
+    #[command(hide = true)]
+    BreakOff {
+        /// As an error that is returned rather than a panic.
+        #[arg(long)]
+        returned: bool,
+    },
 }
 
 fn dispatch(global: &Global, command: &Command) -> Result<Output> {
@@ -181,8 +192,12 @@ fn dispatch(global: &Global, command: &Command) -> Result<Output> {
         Command::Bench(f) => bench::run(global, f),
         Command::Plan(f) => plan::run(global, f),
         Command::Doctor(f) => doctor::run(global, f),
+        Command::Explain(f) => explain::run(f),
         Command::Completions(f) => completions::run(&program(), f),
         Command::Man(f) => man::run(program(), f),
+        Command::BreakOff { returned: true } => Err(Error::bug("asked to return a fault")),
+        // On a thread of the pool, as most work is.
+        Command::BreakOff { .. } => rayon::join(|| panic!("asked to break off"), || ()).0,
     }
 }
 
@@ -193,35 +208,53 @@ fn program() -> clap::Command {
 
 /// Parses the arguments, runs the command, prints, and returns the exit code. Only this function prints results and errors.
 pub fn main() -> u8 {
+    bug_report::install();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
+        Err(e) if e.use_stderr() => return wrong_usage(&e),
         Err(e) => {
             let _ = e.print();
-            return if e.use_stderr() { 2 } else { 0 };
+            return 0;
         }
     };
     if cli.global.threads > 0 {
         // Fails only where a pool was already built, which nothing before this line does.
         let _ = rayon::ThreadPoolBuilder::new().num_threads(cli.global.threads).build_global();
     }
-    let outcome =
-        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| dispatch(&cli.global, &cli.command)))
-            .unwrap_or_else(|_| {
-                Err(Error::bug("this is a bug in cellrefine").next("report the command and the lines above"))
-            });
-    match outcome {
+    let run = std::panic::AssertUnwindSafe(|| dispatch(&cli.global, &cli.command));
+    match std::panic::catch_unwind(run).unwrap_or_else(|_| Err(bug_report::panicked())) {
         Ok(output) => {
             let text = if cli.global.json { output.json.to_string() } else { output.text };
             print(&text)
         }
         Err(e) => {
+            let e = if e.kind() == Kind::Bug { bug_report::report(e) } else { e };
             if cli.global.json {
                 print(&e.to_json().to_string());
             }
-            eprintln!("error: {e}");
+            eprintln!("error[{}]: {e}", e.code());
             e.kind().exit_code()
         }
     }
+}
+
+/// Prints clap's error in the form of ours; its own first line is the message.
+fn wrong_usage(e: &clap::Error) -> u8 {
+    let plain = e.render().to_string();
+    let message = plain.lines().next().unwrap_or_default();
+    // Help in place of a missing command is no error text.
+    let Some(message) = message.strip_prefix("error: ") else {
+        let _ = e.print();
+        return Kind::Usage.exit_code();
+    };
+    let error = Error::new(Code::CommandLine, message).next("cellrefine COMMAND --help");
+    if std::env::args_os().any(|a| a == "--json") {
+        print(&error.to_json().to_string());
+    }
+    let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
+    let text = if colour { e.render().ansi().to_string() } else { plain };
+    eprint!("{}", text.replacen("error:", &format!("error[{}]:", error.code()), 1));
+    error.kind().exit_code()
 }
 
 /// Writes to stdout; a closed pipe (`cellrefine … | head`) is no failure.
@@ -230,8 +263,9 @@ fn print(text: &str) -> u8 {
     let mut out = std::io::stdout().lock();
     match write!(out, "{text}{newline}").and_then(|()| out.flush()) {
         Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {
-            eprintln!("error: {}", Error::io("stdout", "write the result", &e));
-            4
+            let e = Error::io("stdout", "write the result", &e);
+            eprintln!("error[{}]: {e}", e.code());
+            e.kind().exit_code()
         }
         _ => 0,
     }

@@ -4,6 +4,7 @@
 //! Only faults inside a mapped shard are taken; any other SIGBUS goes to the handler that was there before. The handler runs in
 //! signal context, so it reads a fixed table of atomics and calls `write` and `_exit`, nothing else.
 
+use crate::error::Code;
 use std::path::Path;
 use std::sync::Once;
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering::*};
@@ -30,8 +31,9 @@ pub(super) fn guard(start: usize, len: usize, path: &Path) {
         // `end` 1 marks an entry that is being filled.
         if entry.end.compare_exchange(0, 1, AcqRel, Relaxed).is_ok() {
             let text = format!(
-                "error: the file changed while in use\n  where:  {}\n  found:  fewer bytes than when it was opened\n  \
+                "error[{}]: the file changed while in use\n  where:  {}\n  found:  fewer bytes than when it was opened\n  \
                  try:    pack or copy the corpus again, and leave it alone while cellrefine reads it\n",
+                Code::FileChanged,
                 path.display()
             );
             // One message per entry and lifetime of the process: reusing the old allocation could pull it from under the handler.

@@ -75,6 +75,7 @@ codes! {
     NpyDamaged = 211,
     PickleRefused = 212,
     NameLeadsOut = 213,
+    FileChanged = 214,
     // 03: cells to pack, exit 3.
     InputUnknown = 301,
     Hdf5Damaged = 302,

@@ -5,6 +5,7 @@
 //! failure for good, for `cellrefine explain` and for whoever searches for it.
 
 mod code;
+pub mod explain;
 
 pub use code::Code;
 
