@@ -523,7 +523,7 @@ fn inspect_and_merge_on_the_command_line() {
     let (code, json, stderr) = cellrefine(&["inspect", bare, "--verify"]);
     assert_eq!(code, 3);
     assert!(
-        json["error"]["where"].as_str().unwrap().contains("shard-00000") && stderr.contains("error:"),
+        json["error"]["where"].as_str().unwrap().contains("shard-00000") && stderr.contains("error[CR0506]:"),
         "{json}"
     );
     fs::write(&shard, &whole).unwrap();

@@ -130,9 +130,9 @@ fn real_failures_print_their_codes() {
     fails(folder, "watch run --every 0", Code::FlagValue);
     fails(folder, "watch run", Code::RunFolder);
     fails(folder, "inspect absent", Code::FileMissing);
-    fails(folder, "inspect x.cells", Code::FileMissing);
+    fails(folder, "inspect x.cells", Code::CorpusMissing);
     fails(folder, "inspect y.cells", Code::ManifestDamaged);
-    fails(folder, "inspect v.tsv", Code::VocabularyForm);
+    fails(folder, "inspect v.tsv", Code::MarkerSets);
     fails(folder, "vocab build absent.h5ad --out w.tsv", Code::FileMissing);
     fails(folder, "vocab build empty.h5ad --out w.tsv", Code::FileEmpty);
     fails(folder, "vocab build text.h5ad --out w.tsv", Code::Hdf5Damaged);
@@ -140,7 +140,10 @@ fn real_failures_print_their_codes() {
     fails(folder, "pack empty.h5ad --vocab v.tsv --out z.cells", Code::VocabularyForm);
     fails(folder, "merge x.cells y.cells --out z.cells", Code::CorpusMissing);
     fails(folder, "report run --out r.html", Code::RunFolder);
-    fails(folder, "markers check m.gmt", Code::FlagConflict);
+    fails(folder, "merge m.gmt --out z.cells", Code::CorpusMissing);
+    fails(folder, "inspect m.gmt", Code::MarkerForm);
+    fails(folder, "inspect run", Code::CheckpointMissing);
+    fails(folder, "inspect pickled", Code::ModelConfig);
 }
 
 #[test]

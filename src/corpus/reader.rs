@@ -343,8 +343,13 @@ pub fn read_manifest(root: &Path) -> Result<Manifest> {
     let read =
         std::fs::File::open(&path).and_then(|f| f.take(MANIFEST_MAX_BYTES + 1).read_to_end(&mut bytes));
     read.map_err(|e| {
-        Error::io(&path, "read the corpus manifest", &e)
-            .wanted("a folder that `cellrefine pack` wrote")
+        let absent = e.kind() == std::io::ErrorKind::NotFound;
+        let e = match absent {
+            true => Error::new(Code::CorpusMissing, "this folder is no corpus: it has no manifest")
+                .at(path.display()),
+            false => Error::io(&path, "read the corpus manifest", &e),
+        };
+        e.wanted("a folder that `cellrefine pack` wrote")
             .next("check the path; an interrupted pack leaves no corpus behind")
     })?;
     if bytes.len() as u64 > MANIFEST_MAX_BYTES {
