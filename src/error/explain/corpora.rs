@@ -85,7 +85,7 @@ pub(super) const TABLE: &[Explanation] = &[
     code(
         Code::ObsMissing,
         "the corpus has no such obs column",
-        "Columns are chosen when packing.",
+        "The columns of a corpus are chosen when it is packed.",
         &["The message lists those there are.", "Pack again with `--obs COLUMN`."],
     ),
     code(
@@ -97,7 +97,7 @@ pub(super) const TABLE: &[Explanation] = &[
     code(
         Code::ObsValueMissing,
         "no cell has this value",
-        "A value that was named is in no cell of the column.",
+        "A value that was named is in no cell of the obs column.",
         &["The message offers the nearest; values are case-sensitive."],
     ),
     code(
