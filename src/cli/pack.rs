@@ -1,6 +1,7 @@
 //! `cellrefine pack`.
 
 use super::{Global, Output};
+use crate::corpus::part::Part;
 use crate::error::{Code, Error, Result};
 use crate::genes::mapping::SymbolMap;
 use crate::genes::vocab::Vocab;
@@ -25,7 +26,9 @@ Examples:
   cellrefine pack cells.h5ad --vocab V.tsv --out cells.cells
   cellrefine pack filtered_feature_bc_matrix --vocab V.tsv --out run1.cells
   cellrefine pack tokenised.dataset --vocab V.tsv --out tokenised.cells
-  cellrefine pack a.h5ad b.h5ad --vocab V.tsv --out both.cells --counts raw --obs cell_type donor")]
+  cellrefine pack a.h5ad b.h5ad --vocab V.tsv --out both.cells --counts raw --obs cell_type donor
+  cellrefine pack atlas/*.h5ad --vocab V.tsv --shard $SLURM_ARRAY_TASK_ID/64 --out part-$SLURM_ARRAY_TASK_ID.cells
+  cellrefine merge part-*.cells --out atlas.cells")]
 pub struct Flags {
     /// Inputs, in the order in which their cells are wanted: .h5ad, 10x .h5, 10x MTX folders, Geneformer .dataset folders.
     #[arg(required = true, value_name = "IN")]
@@ -75,6 +78,9 @@ pub struct Flags {
     /// Cells per shard; 0 = the default.
     #[arg(long, default_value_t = 0, value_name = "N")]
     shard_cells: usize,
+    /// Pack one part of N alone, counted from 0, for an array job; `merge` joins the parts.
+    #[arg(long, value_name = "I/N", value_parser = Part::parse)]
+    shard: Option<Part>,
 }
 
 fn parse_pair(text: &str) -> std::result::Result<(String, String), String> {
@@ -127,6 +133,7 @@ pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
         },
         allow_non_integer: flags.allow_non_integer,
         shard_cells: flags.shard_cells,
+        part: flags.shard,
     };
     let start = std::time::Instant::now();
     let progress = global.progress("packing cells", count_cells(&flags.inputs, &options));

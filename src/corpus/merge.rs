@@ -4,11 +4,12 @@
 //! the new folder, and one manifest with the union of the categories is written over them.
 
 use super::format::*;
+use super::part::PartRecord;
 use super::partial_folder::PartialFolder;
 use super::reader::Corpus;
 use crate::error::{Code, Error, Result};
 use serde_json::json;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
@@ -17,7 +18,8 @@ use std::path::{Path, PathBuf};
 /// # Errors
 /// Input: an input that does not open, another vocabulary, values here and none there, other obs columns, one shard twice.
 pub fn merge(inputs: &[PathBuf], out: &Path, progress: &dyn Fn(u64)) -> Result<Manifest> {
-    let corpora = inputs.iter().map(|p| Corpus::open(p)).collect::<Result<Vec<_>>>()?;
+    let mut corpora = inputs.iter().map(|p| Corpus::open(p)).collect::<Result<Vec<_>>>()?;
+    order_parts(&mut corpora)?;
     let Some(first) = corpora.first() else {
         return Err(Error::new(Code::NoInputs, "there is nothing to merge").wanted("at least one corpus"));
     };
@@ -70,6 +72,88 @@ pub fn merge(inputs: &[PathBuf], out: &Path, progress: &dyn Fn(u64)) -> Result<M
     folder.write_file(MANIFEST, &manifest.to_bytes())?;
     folder.publish()?;
     Ok(manifest)
+}
+
+/// Puts the parts of `pack --shard` in their order, whatever the order of the names; refuses some of them, or two of one.
+fn order_parts(corpora: &mut [Corpus]) -> Result<()> {
+    let record = |c: &Corpus| c.manifest().provenance.get("part").cloned();
+    let records = corpora
+        .iter()
+        .filter_map(|c| Some((c.path().to_path_buf(), record(c)?)))
+        .map(|(path, value)| match serde_json::from_value::<PartRecord>(value) {
+            Ok(record) => Ok((path, record)),
+            Err(e) => Err(Error::new(Code::ManifestDamaged, "the record of a part cannot be read")
+                .at(path.join(MANIFEST).display())
+                .found(e)),
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let Some((first, wanted)) = records.first() else { return Ok(()) };
+    let refuse = |what: &str| Err(Error::new(Code::PartsIncomplete, what));
+    if records.len() < corpora.len() {
+        let whole = corpora.iter().find(|c| record(c).is_none()).map(|c| c.path().display().to_string());
+        return refuse("parts are merged among themselves").map_err(|e| {
+            e.at(whole.unwrap_or_default()).found("a whole corpus").next("merge the parts first")
+        });
+    }
+    if let Some((path, other)) =
+        records.iter().find(|(_, r)| r.job != wanted.job || r.part.of != wanted.part.of)
+    {
+        return refuse("these are parts of different corpora").map_err(|e| {
+            e.at(path.display())
+                .found(format!("part {} of {}, job {:.12}", other.part.index, other.part.of, other.job))
+                .wanted(format!(
+                    "a part of {}, job {:.12}, as {}",
+                    wanted.part.of,
+                    wanted.job,
+                    first.display()
+                ))
+                .next("pack all parts with the same inputs, vocabulary and options")
+        });
+    }
+    let mut of_index: BTreeMap<u64, &Path> = BTreeMap::new();
+    for (path, r) in &records {
+        if let Some(twice) = of_index.insert(r.part.index, path) {
+            return refuse("a part is named twice").map_err(|e| {
+                e.at(path.display())
+                    .found(format!("part {}, as {}", r.part.index, twice.display()))
+                    .next("name each part once")
+            });
+        }
+    }
+    let absent: Vec<String> = (0..wanted.part.of)
+        .filter(|i| !of_index.contains_key(i))
+        .take(20)
+        .map(|i| format!("{i}/{}", wanted.part.of))
+        .collect();
+    if !absent.is_empty() {
+        return refuse("parts are missing").map_err(|e| {
+            e.found(format!("{} of {}", records.len(), wanted.part.of))
+                .wanted(absent.join(", "))
+                .next(format!("cellrefine pack … --shard {}, with the flags of the others", absent[0]))
+        });
+    }
+    let index_of: HashMap<PathBuf, u64> =
+        records.iter().map(|(path, r)| (path.clone(), r.part.index)).collect();
+    corpora.sort_by_key(|c| index_of.get(c.path()).copied());
+    one_input_once(corpora)
+}
+
+/// Each part digested the inputs that it read; one file under two names shows here.
+fn one_input_once(parts: &[Corpus]) -> Result<()> {
+    let mut at: HashMap<String, usize> = HashMap::new();
+    for part in parts {
+        let sources = part.manifest().provenance.get("sources").and_then(|s| s.as_array());
+        for (n, source) in sources.into_iter().flatten().enumerate() {
+            let Some(sha256) = source.get("sha256").and_then(|s| s.as_str()) else { continue };
+            if *at.entry(sha256.into()).or_insert(n) != n {
+                return Err(Error::new(Code::MergeTwice, "two inputs of the parts have the same bytes")
+                    .at(part.path().display())
+                    .found(format!("input {} is input {} under another name", n + 1, at[sha256] + 1))
+                    .next("leave one of them out, and pack the parts again"));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// May the cells of `other` stand behind those of `first`?

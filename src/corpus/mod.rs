@@ -9,6 +9,7 @@ mod faults;
 pub mod format;
 mod labels;
 pub mod merge;
+pub mod part;
 mod partial_folder;
 pub mod reader;
 pub mod sampler;

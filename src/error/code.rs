@@ -147,6 +147,7 @@ codes! {
     SamplerPosition = 519,
     MergeMismatch = 520,
     MergeTwice = 521,
+    PartsIncomplete = 522,
     // 06: checkpoints and models, exit 3.
     CheckpointMissing = 601,
     CheckpointDamaged = 602,

@@ -295,6 +295,14 @@ impl<'a, T: Send + Copy> Stream<'a, T> {
         }
     }
 
+    /// Begins at entry `to` rather than at 0, before anything was taken.
+    pub fn seek(&mut self, to: u64) -> Result<()> {
+        debug_assert_eq!((self.base, self.next), (0, 0));
+        self.base = to / self.piece * self.piece;
+        self.next = self.base;
+        self.take(self.base, to)
+    }
+
     /// Moves entries `from .. to` into `taken`; `from` is where the last call ended.
     pub fn take(&mut self, from: u64, to: u64) -> Result<()> {
         debug_assert_eq!(from, self.base);

@@ -58,6 +58,8 @@ pub struct Pass<'a> {
     pub allow_non_integer: bool,
     /// Folder for the temporary files of a transposition larger than memory.
     pub scratch: &'a Path,
+    /// The rows that are wanted: what lies outside may be left out, where the storage allows it, or handed out as well.
+    pub rows: (u64, u64),
 }
 
 impl Pass<'_> {
@@ -265,14 +267,19 @@ impl Matrix {
         let mut indices =
             Stream::new(c.indices.as_ref(), c.entries, |raw, out| decode_index(c.index_type, raw, out));
         let mut block = RowBlock::default();
-        let mut row = 0;
-        while row < self.rows {
+        let (mut row, last) = (pass.rows.0.min(self.rows), pass.rows.1.min(self.rows));
+        if row > 0 {
+            let first = offsets.at(row)?;
+            data.seek(first)?;
+            indices.seek(first)?;
+        }
+        while row < last {
             block.first = row;
             block.start.clear();
             block.start.push(0);
             let from = offsets.at(row)?;
             let mut to = from;
-            while row < self.rows && row - block.first < BLOCK_ROWS {
+            while row < last && row - block.first < BLOCK_ROWS {
                 let end = offsets.at(row + 1)?;
                 if end - from > pass.block_entries() && to > from {
                     break;
@@ -306,9 +313,10 @@ impl Matrix {
         // A window of whole chunk bands decodes each chunk once; where a band is beyond memory, windows within it must do.
         let piece = if band <= fit { band } else { fit };
         let window = (fit / piece).max(1) * piece;
-        let mut start = 0;
-        while start < self.rows {
-            let end = (start + window).min(self.rows);
+        let mut start = pass.rows.0.min(self.rows) / piece * piece;
+        let last = pass.rows.1.min(self.rows);
+        while start < last {
+            let end = (start + window).min(last);
             let pieces: Vec<u64> = (start..end).step_by(piece as usize).collect();
             let decoded: Vec<Result<Vec<f64>>> = pieces
                 .par_iter()

@@ -116,6 +116,7 @@ pub fn build(inputs: &[PathBuf], options: &BuildOptions<'_>) -> Result<Built> {
         memory_bytes: options.memory_bytes,
         allow_non_integer: options.allow_non_integer,
         scratch: &scratch,
+        rows: (0, u64::MAX),
     };
     let mut for_each_value = |each: &mut dyn FnMut(u32, f64)| -> Result<()> {
         passes += 1;

@@ -54,6 +54,13 @@ impl Names {
         self.times.clear();
     }
 
+    /// The next cell is not taken here, but its name counts for those that come again.
+    pub fn pass_over(&mut self, name: &str) {
+        let renamed = self.renamed;
+        self.unique(name);
+        self.renamed = renamed;
+    }
+
     /// Names that got a number.
     pub fn renamed(&self) -> u64 {
         self.renamed

@@ -12,14 +12,17 @@ use super::obs_choice::ObsChoice;
 use super::source::{CellSource, OpenOptions, Source, digest, stem};
 use crate::cli::Progress;
 use crate::corpus::format::{Manifest, VocabIdentity};
+use crate::corpus::part::{Part, PartRecord, within};
 use crate::corpus::writer::{CellRecord, CorpusOptions, CorpusWriter, ObsSpec, ObsValue};
 use crate::error::{Code, Error, Result};
 use crate::genes::mapping::{GeneMapping, MappingOptions, MappingReport, SymbolMap, map_genes};
 use crate::genes::tokenize::{Scratch, Tokenizer};
-use crate::genes::vocab::Vocab;
+use crate::genes::vocab::{Vocab, hex};
 use half::f16;
 use rayon::prelude::*;
+use sha2::{Digest, Sha256};
 use std::collections::HashMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// Rows ranked by one task.
@@ -65,6 +68,14 @@ pub struct PackOptions<'a> {
     pub allow_non_integer: bool,
     /// Cells per shard; 0 = the default.
     pub shard_cells: usize,
+    /// Only this part of the cells, to be merged with the others.
+    pub part: Option<Part>,
+}
+
+impl PackOptions<'_> {
+    fn shard_cells(&self) -> usize {
+        if self.shard_cells == 0 { CorpusOptions::SHARD_CELLS } else { self.shard_cells }
+    }
 }
 
 impl Default for PackOptions<'_> {
@@ -83,6 +94,7 @@ impl Default for PackOptions<'_> {
             empty_cells: EmptyCells::Skip,
             allow_non_integer: false,
             shard_cells: 0,
+            part: None,
         }
     }
 }
@@ -92,8 +104,8 @@ impl Default for PackOptions<'_> {
 pub struct FileReport {
     /// Path as given.
     pub file: String,
-    /// Its sha256.
-    pub sha256: String,
+    /// Its sha256; absent where this part takes no cell from it.
+    pub sha256: Option<String>,
     /// Slot and storage of the counts.
     pub counts: String,
     /// Cells in the file.
@@ -148,12 +160,17 @@ pub fn pack(
             serde_json::json!({"file": name, "sha256": f.sha256, "counts": f.counts, "cells": f.cells, "genes": f.genes})
         })
         .collect();
-    let provenance = serde_json::json!({
+    let mut provenance = serde_json::json!({
         "program": concat!("cellrefine ", env!("CARGO_PKG_VERSION")),
         "sources": sources,
         "options": {"values": options.values, "max_tokens": options.max_tokens, "min_gene_match": options.min_gene_match,
             "drop": options.drop, "empty_cells": format!("{:?}", options.empty_cells).to_lowercase(), "allow_non_integer": options.allow_non_integer},
     });
+    if let Some(part) = options.part {
+        let record = PartRecord { part, job: plan.job(vocab, options, &provenance["options"])? };
+        provenance["part"] = serde_json::to_value(record).map_err(|e| Error::bug(e.to_string()))?;
+    }
+    let left_behind = unfinished(out);
     let writer = CorpusWriter::create(
         out,
         CorpusOptions {
@@ -166,18 +183,37 @@ pub fn pack(
         },
     )?;
     let scratch = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let pass =
-        Pass { memory_bytes: options.memory_bytes, allow_non_integer: options.allow_non_integer, scratch };
     let names = Names::new(plan.repeated, plan.prefixed.then_some(plan.prefixes));
-    let mut sink = Sink { writer, names, specs: &plan.obs, options, drop_hits: vec![0; options.drop.len()] };
+    let mut sink = Sink {
+        writer,
+        names,
+        specs: &plan.obs,
+        options,
+        drop_hits: vec![0; options.drop.len()],
+        wanted: 0..0,
+    };
     let mut files = plan.files;
     for (n, (path, report)) in inputs.iter().zip(&mut files).enumerate() {
+        sink.wanted = plan.wanted[n].clone();
+        if sink.wanted.is_empty() {
+            continue;
+        }
+        let pass = Pass {
+            memory_bytes: options.memory_bytes,
+            allow_non_integer: options.allow_non_integer,
+            scratch,
+            rows: (sink.wanted.start, sink.wanted.end),
+        };
         sink.names.enter(n);
         match open(path, options)? {
             Source::Counts(source) => {
+                sink.skip_names(source.obs())?;
                 let mapping = map(source.as_ref(), vocab, options)?;
                 let tokenizer = Tokenizer::new(&mapping.token, vocab, options.max_tokens);
                 source.for_each_block(&pass, &mut |block| {
+                    if !sink.wants(block.first, block.rows()) {
+                        return Ok(());
+                    }
                     let ranked = rank(block, &tokenizer, options.values);
                     sink.push(block.first, &ranked, source.obs(), report)?;
                     progress.add(block.rows() as u64);
@@ -185,7 +221,11 @@ pub fn pack(
                 })?;
             }
             Source::Tokens(source) => {
+                sink.skip_names(source.obs())?;
                 source.for_each_block(vocab, options.max_tokens, &pass, &mut |block| {
+                    if !sink.wants(block.first, block.end.len()) {
+                        return Ok(());
+                    }
                     sink.push(block.first, &[Ranked::of(block)], source.obs(), report)?;
                     progress.add(block.end.len() as u64);
                     Ok(())
@@ -194,11 +234,23 @@ pub fn pack(
         }
     }
     let mut notes = plan.notes;
+    notes.extend(left_behind);
     for ((column, value), _) in options.drop.iter().zip(&sink.drop_hits).filter(|(_, hits)| **hits == 0) {
         notes.push(format!("no cell has {column}={value}: nothing to leave out"));
     }
     let renamed = sink.names.renamed();
     Ok(PackReport { manifest: sink.writer.finish()?, files, prefixed: plan.prefixed, renamed, notes })
+}
+
+/// A line about the corpus that a stopped run left unfinished at `out`, which is started again from its first cell.
+fn unfinished(out: &Path) -> Option<String> {
+    let hidden = out.with_file_name(format!(".{}.partial", out.file_name()?.to_string_lossy()));
+    let shards = std::fs::read_dir(hidden).ok()?.flatten();
+    let done = shards.filter(|e| e.file_name().to_string_lossy().starts_with("shard-")).count();
+    Some(format!(
+        "incomplete corpus {}: an earlier run was stopped after {done} shards; it was started again",
+        out.display()
+    ))
 }
 
 /// Total cells of the inputs, for a progress bar; does not check them.
@@ -234,6 +286,8 @@ struct Plan {
     prefixes: Vec<String>,
     prefixed: bool,
     notes: Vec<String>,
+    /// Rows to take, per input.
+    wanted: Vec<Range<u64>>,
 }
 
 impl Plan {
@@ -241,8 +295,30 @@ impl Plan {
         if inputs.is_empty() {
             return Err(Error::new(Code::NoInputs, "no input files"));
         }
-        let digests: Vec<Result<String>> = inputs.par_iter().map(|p| digest(p)).collect();
+        let counts: Vec<u64> =
+            inputs.iter().map(|p| open(p, options).map(|s| s.cells())).collect::<Result<_>>()?;
+        let all = 0..counts.iter().sum::<u64>();
+        let rows = match options.part {
+            Some(part) => part.rows(all.end, options.shard_cells() as u64)?,
+            None => all,
+        };
+        let mut first = 0;
+        let wanted: Vec<Range<u64>> = counts
+            .iter()
+            .map(|&n| {
+                let own = within(&rows, first, n);
+                first += n;
+                own
+            })
+            .collect();
+        // An input that no cell is taken from is another part's to read.
+        let digests: Vec<Result<Option<String>>> = inputs
+            .par_iter()
+            .zip(&wanted)
+            .map(|(p, w)| if w.is_empty() && options.part.is_some() { Ok(None) } else { digest(p).map(Some) })
+            .collect();
         let mut plan = Plan {
+            wanted,
             files: Vec::new(),
             obs: Vec::new(),
             repeated: Vec::new(),
@@ -256,7 +332,9 @@ impl Plan {
         for (path, digest) in inputs.iter().zip(digests) {
             let source = open(path, options)?;
             let digest = digest?;
-            if let Some(first) = seen.insert(digest.clone(), path) {
+            if let Some(digest) = &digest
+                && let Some(first) = seen.insert(digest.clone(), path)
+            {
                 return Err(Error::new(Code::InputTwice, "an input is given twice")
                     .at(path.display())
                     .found(format!("the same bytes as {}", first.display()))
@@ -305,6 +383,27 @@ impl Plan {
             })
             .collect();
         Ok(plan)
+    }
+
+    /// What all parts of one corpus have in common, digested.
+    fn job(&self, vocab: &Vocab, options: &PackOptions<'_>, written: &serde_json::Value) -> Result<String> {
+        let file = |f: &FileReport| {
+            let path = Path::new(&f.file);
+            let bytes =
+                std::fs::metadata(path).map(|m| m.len()).map_err(|e| Error::io(path, "read the size", &e))?;
+            Ok(serde_json::json!([
+                path.file_name().map(|n| n.to_string_lossy()),
+                bytes,
+                f.cells,
+                f.counts,
+                f.genes
+            ]))
+        };
+        let files = self.files.iter().map(file).collect::<Result<Vec<_>>>()?;
+        let obs: Vec<_> = self.obs.iter().map(|o| serde_json::json!([o.name, o.kind])).collect();
+        let job =
+            serde_json::json!([vocab.digest(), files, obs, written, options.shard_cells(), self.prefixed]);
+        Ok(hex(&Sha256::digest(job.to_string())))
     }
 }
 
@@ -360,9 +459,30 @@ struct Sink<'a> {
     options: &'a PackOptions<'a>,
     /// Cells that each drop rule took.
     drop_hits: Vec<u64>,
+    /// Rows of the present input to take.
+    wanted: Range<u64>,
 }
 
 impl Sink<'_> {
+    /// Is one of these rows to be taken?
+    fn wants(&self, first: u64, rows: usize) -> bool {
+        first < self.wanted.end && first + rows as u64 > self.wanted.start
+    }
+
+    /// Counts the names of the rows before the wanted ones, so that names that come again get the numbers that they would have
+    /// in one run over everything.
+    fn skip_names(&mut self, obs: &Frame) -> Result<()> {
+        for (start, rows) in obs.windows() {
+            let rows = rows.min(self.wanted.start.saturating_sub(start));
+            if rows > 0 {
+                for name in obs.read_texts(obs.index(), start, rows)? {
+                    self.names.pass_over(&name);
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Pushes the cells of a block, `first` the first of them, in order; counts in `report` those without tokens and those left out.
     fn push(&mut self, first: u64, ranked: &[Ranked], obs: &Frame, report: &mut FileReport) -> Result<()> {
         let rows = ranked.iter().map(|part| part.end.len() as u64).sum();
@@ -388,6 +508,10 @@ impl Sink<'_> {
             let mut from = 0;
             for (&end, &total) in part.end.iter().zip(&part.total) {
                 let cell = std::mem::replace(&mut from, end)..end;
+                if !self.wanted.contains(&(first + row as u64)) {
+                    row += 1;
+                    continue;
+                }
                 let name = self.names.unique(&cell_names[row]);
                 let dropped =
                     self.options.drop.iter().zip(&drops).position(|((_, value), texts)| texts[row] == *value);

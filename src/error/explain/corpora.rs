@@ -144,4 +144,14 @@ pub(super) const TABLE: &[Explanation] = &[
         "Two of the corpora hold the same shard: every cell of it would be in the result twice, and on both sides of a split.",
         &["Remove one of them from the list."],
     ),
+    code(
+        Code::PartsIncomplete,
+        "the parts are not all there, or not all of one corpus",
+        "Parts that `pack --shard I/N` made are merged only together: every one of them once, and nothing else. A missing part \
+         would be cells missing without a word.",
+        &[
+            "Run `pack --shard` for the parts that the message names, then merge again.",
+            "Name each part once.",
+        ],
+    ),
 ];
