@@ -81,6 +81,7 @@ impl Settings {
                 tokens: 16_384,
                 max_tokens: 0,
                 sampling: Sampling::None,
+                order: Default::default(),
                 ahead: 4,
             },
             optimizer: OptimizerSettings {

@@ -16,6 +16,7 @@ pub use model::{AttentionKind, ModelSettings};
 pub use sources::Sources;
 
 use crate::corpus::Sampling;
+use crate::corpus::sampler::CellOrder;
 use crate::objective::ObjectiveConfig;
 use serde::{Deserialize, Serialize};
 
@@ -56,6 +57,9 @@ pub struct BatchSettings {
     pub max_tokens: usize,
     /// Class sampling: `none`, `sqrt` or `uniform` (the last two need labels).
     pub sampling: Sampling,
+    /// Order of the cells: `random`, or `blocks` for storage that is slow at random reads.
+    #[serde(default)]
+    pub order: CellOrder,
     /// Finished batches that wait for the device.
     pub ahead: usize,
 }

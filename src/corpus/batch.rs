@@ -367,18 +367,24 @@ impl Packer {
 
     /// Batches of the sampler's whole epoch `epoch`, or that remain of an ordered pass. Reads lengths only.
     pub fn batches_in_epoch(&self, epoch: u64) -> usize {
-        let drawn;
-        let mut rest: &[u32] = match &self.source {
-            Source::Sampled(s) => {
-                drawn = s.order_of(epoch);
-                &drawn
-            }
-            Source::InOrder { cells, next } => &cells[*next..],
-        };
+        let plan = |rest: &[u32]| Self::plan(&self.corpus, &self.options, rest, |_, _| ());
         let mut batches = 0;
-        while !rest.is_empty() {
-            rest = &rest[Self::plan(&self.corpus, &self.options, rest, |_, _| ())..];
-            batches += 1;
+        match &self.source {
+            Source::Sampled(s) => {
+                let mut s = s.at_epoch(epoch);
+                while s.epoch() == epoch {
+                    let taken = plan(s.upcoming());
+                    s.advance(taken);
+                    batches += 1;
+                }
+            }
+            Source::InOrder { cells, next } => {
+                let mut rest = &cells[*next..];
+                while !rest.is_empty() {
+                    rest = &rest[plan(rest)..];
+                    batches += 1;
+                }
+            }
         }
         batches
     }

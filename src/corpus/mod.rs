@@ -11,6 +11,7 @@ mod labels;
 pub mod merge;
 pub mod part;
 mod partial_folder;
+pub mod permutation;
 pub mod reader;
 pub mod sampler;
 mod shard;

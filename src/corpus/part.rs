@@ -84,7 +84,7 @@ mod tests {
             for index in 0..of {
                 let r = Part { index, of }.rows(rows, shard_cells).unwrap();
                 assert_eq!(r.start, next);
-                assert!(r.end > r.start && (r.end == rows || r.end % shard_cells == 0));
+                assert!(r.end > r.start && (r.end == rows || r.end.is_multiple_of(shard_cells)));
                 next = r.end;
             }
             assert_eq!(next, rows);

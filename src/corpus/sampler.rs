@@ -1,16 +1,28 @@
 //! The order of cells in training: seeded, resumable at any cell.
 //!
-//! Epoch e is one list, a function of (seed, e) alone: a Fisher–Yates permutation of the cells, or, class-aware, as many draws
+//! Epoch e is one list, a function of (seed, e) alone: a permutation of the cells, or, class-aware, as many draws
 //! with replacement, where class k comes up with probability ∝ n_k^½ (`sqrt`) or ∝ 1 (`uniform`) and a cell of it equally. Cells
-//! without a label keep their natural share. The list is made once per epoch (4 bytes a cell), so the state to save is two
-//! numbers, and a resumed run sees the same cells whatever the batch size was.
+//! without a label keep their natural share. The state to save is two numbers, and a resumed run sees the same cells whatever the
+//! batch size was.
+//!
+//! Up to [`LISTED`] cells the permutation is a Fisher–Yates shuffle, drawn from all there are and made once per epoch. Beyond, it is
+//! computed index by index (`permutation`), a window at a time, and whole corpora are kept as a range: memory and the time to start
+//! or resume do not grow with the corpus. [`CellOrder::Blocks`] is always computed.
 
 use super::format::hex;
+use super::permutation::{BlockOrder, Permutation};
 use super::splits::TrainingCells;
 use crate::error::{Code, Error, Result};
 use crate::rng::{Philox, site, stream_block};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Up to so many cells an epoch is one list in memory, 4 bytes a cell.
+pub const LISTED: usize = 1 << 20;
+/// Cells that [`Sampler::upcoming`] shows at least, unless the epoch ends before: more than any batch holds.
+const AHEAD: usize = 1 << 16;
 
 /// How often each class is drawn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -23,6 +35,58 @@ pub enum Sampling {
     Sqrt,
     /// Classes equally, with replacement.
     Uniform,
+}
+
+/// In which order the cells of an epoch come, where each comes once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CellOrder {
+    /// A permutation of all cells.
+    #[default]
+    Random,
+    /// Runs of [`CellOrder::BLOCK`] neighbours in random order, mixed within groups of [`BlockOrder::GROUP`] runs: for storage
+    /// that is slow at random reads.
+    Blocks,
+}
+
+impl CellOrder {
+    /// Cells in a run: about 256 KiB of tokens.
+    pub const BLOCK: u64 = 128;
+
+    fn is_random(&self) -> bool {
+        *self == CellOrder::Random
+    }
+}
+
+/// The cells drawn from.
+#[derive(Debug, Clone)]
+enum Cells {
+    Range(Range<u32>),
+    List(Arc<[u32]>),
+}
+
+impl Cells {
+    fn len(&self) -> usize {
+        match self {
+            Cells::Range(r) => r.len(),
+            Cells::List(l) => l.len(),
+        }
+    }
+    #[inline]
+    fn get(&self, i: u64) -> u32 {
+        match self {
+            Cells::Range(r) => r.start + i as u32,
+            Cells::List(l) => l[i as usize],
+        }
+    }
+}
+
+/// How the cells of an epoch are computed.
+#[derive(Debug, Clone)]
+enum Order {
+    Random(Permutation),
+    Blocks(BlockOrder),
+    Drawn,
 }
 
 /// Where a sampler stands. Small: the order itself is a function of (seed, epoch).
@@ -39,19 +103,25 @@ pub struct SamplerState {
     pub sampling: Sampling,
     /// Digest of the cells and labels drawn from.
     pub cells_digest: String,
+    /// Order of the cells.
+    #[serde(default, skip_serializing_if = "CellOrder::is_random")]
+    pub order: CellOrder,
 }
 
 /// Draws cells of the training split.
 #[derive(Debug, Clone)]
 pub struct Sampler {
     state: SamplerState,
-    cells: Vec<u32>,
+    cells: Cells,
     /// Class-aware: cells by class with the upper end of the class's share of 2⁶⁴. Empty for a permutation.
-    groups: Vec<(u64, Vec<u32>)>,
+    groups: Arc<[(u64, Vec<u32>)]>,
     rank: usize,
     world: usize,
-    /// This rank's list for the present epoch; empty = not made yet.
-    order: Vec<u32>,
+    /// The present epoch's order, where it is computed.
+    computed: Option<Order>,
+    /// This rank's cells from position `window_first` on: of the whole epoch, or the next ones. Empty = not made yet.
+    window: Vec<u32>,
+    window_first: usize,
 }
 
 impl Sampler {
@@ -106,6 +176,15 @@ impl Sampler {
         Self::new(cells, Vec::new(), Sampling::None, seed, sha)
     }
 
+    /// Draws from a run of cells, each once per epoch, in memory that does not depend on how many they are.
+    pub fn of_range(cells: Range<u32>, seed: u64) -> Result<Self> {
+        if cells.len() <= LISTED {
+            return Self::of_cells(cells.collect(), seed);
+        }
+        let sha = range_digest(&cells);
+        Self::of(Cells::Range(cells), Vec::new(), Sampling::None, seed, sha)
+    }
+
     fn new(
         cells: Vec<u32>,
         groups: Vec<(u64, Vec<u32>)>,
@@ -113,14 +192,63 @@ impl Sampler {
         seed: u64,
         sha: Sha256,
     ) -> Result<Self> {
-        if cells.is_empty() {
+        match run_of(&cells).filter(|_| cells.len() > LISTED && sampling == Sampling::None) {
+            Some(run) => {
+                let sha = range_digest(&run);
+                Self::of(Cells::Range(run), groups, sampling, seed, sha)
+            }
+            None => Self::of(Cells::List(cells.into()), groups, sampling, seed, sha),
+        }
+    }
+
+    fn of(
+        cells: Cells,
+        groups: Vec<(u64, Vec<u32>)>,
+        sampling: Sampling,
+        seed: u64,
+        sha: Sha256,
+    ) -> Result<Self> {
+        if cells.len() == 0 {
             return Err(Error::new(Code::NoCells, "there are no cells to draw from")
                 .wanted("at least one training cell")
                 .next("check --split, --holdout and --exclude-label"));
         }
         let cells_digest = hex(&sha.finalize());
-        let state = SamplerState { epoch: 0, position: 0, seed, sampling, cells_digest };
-        Ok(Sampler { state, cells, groups, rank: 0, world: 1, order: Vec::new() })
+        let state =
+            SamplerState { epoch: 0, position: 0, seed, sampling, cells_digest, order: CellOrder::Random };
+        let groups = groups.into();
+        Ok(Sampler {
+            state,
+            cells,
+            groups,
+            rank: 0,
+            world: 1,
+            computed: None,
+            window: Vec::new(),
+            window_first: 0,
+        })
+    }
+
+    /// The same cells in another order.
+    ///
+    /// # Errors
+    /// Usage: class-aware draws, which have no order of blocks.
+    pub fn ordered(mut self, order: CellOrder) -> Result<Self> {
+        if order == CellOrder::Blocks && self.state.sampling != Sampling::None {
+            return Err(Error::new(Code::SettingConflict, "class-aware sampling draws single cells")
+                .found("batch.order = blocks")
+                .next("leave batch.order or batch.sampling out"));
+        }
+        self.state.order = order;
+        self.forget();
+        Ok(self)
+    }
+
+    /// The window and the order are of another epoch or rank.
+    fn forget(&mut self) {
+        self.window.clear();
+        self.window_first = 0;
+        self.computed = None;
     }
 
     /// This process draws every `world`-th cell, from the `rank`-th on; a remainder that does not go round is left out of the
@@ -131,7 +259,7 @@ impl Sampler {
                 .found(format!("rank {rank} of {world}, {} cells", self.cells.len())));
         }
         (self.rank, self.world) = (rank, world);
-        self.order.clear();
+        self.forget();
         Ok(self)
     }
 
@@ -143,6 +271,11 @@ impl Sampler {
     /// Where it stands.
     pub fn state(&self) -> SamplerState {
         self.state.clone()
+    }
+
+    /// Epochs finished.
+    pub fn epoch(&self) -> u64 {
+        self.state.epoch
     }
 
     /// Continues from `state`; refuses the state of another seed, sampling or set of cells.
@@ -159,19 +292,31 @@ impl Sampler {
             .wanted(serde_json::to_string(&self.state).unwrap_or_default())
             .next("resume with the corpus, split, seed and sampling of the run"));
         }
-        if self.state.epoch != state.epoch {
-            self.order.clear();
-        }
+        self.forget();
         self.state = state.clone();
         Ok(())
     }
 
-    /// The cells of the present epoch that are still to come; never empty.
+    /// The cells of the present epoch that are next: all that are still to come, or at least 65,536 of them; never empty.
     pub fn upcoming(&mut self) -> &[u32] {
-        if self.order.is_empty() {
-            self.order = self.order_of(self.state.epoch);
+        let (at, all) = (self.state.position as usize, self.epoch_len());
+        let end = self.window_first + self.window.len();
+        if end < all && (self.window.is_empty() || end < at + AHEAD) {
+            if self.listed() {
+                self.window = self.order_of(self.state.epoch);
+            } else {
+                // What was drawn goes; as much again is computed beyond what must be shown.
+                self.window.drain(..at.saturating_sub(self.window_first).min(self.window.len()));
+                self.window_first = at;
+                let mut order = self.computed.take().unwrap_or_else(|| self.computed_order(self.state.epoch));
+                let from = at + self.window.len();
+                let next = (from..(at + 2 * AHEAD).min(all)).map(|i| self.computed_cell(&mut order, i));
+                let next: Vec<u32> = next.collect();
+                self.window.extend(next);
+                self.computed = Some(order);
+            }
         }
-        &self.order[self.state.position as usize..]
+        &self.window[at - self.window_first..]
     }
 
     /// Marks `n` upcoming cells as drawn.
@@ -181,21 +326,64 @@ impl Sampler {
         if self.state.position as usize >= self.epoch_len() {
             self.state.position = 0;
             self.state.epoch += 1;
-            self.order.clear();
+            self.forget();
         }
     }
 
-    /// The whole list of `epoch`.
+    /// A sampler of the same cells at the start of `epoch`.
+    pub fn at_epoch(&self, epoch: u64) -> Self {
+        let state = SamplerState { epoch, position: 0, ..self.state.clone() };
+        Sampler {
+            state,
+            cells: self.cells.clone(),
+            groups: self.groups.clone(),
+            rank: self.rank,
+            world: self.world,
+            computed: None,
+            window: Vec::new(),
+            window_first: 0,
+        }
+    }
+
+    fn listed(&self) -> bool {
+        self.cells.len() <= LISTED && self.state.order == CellOrder::Random
+    }
+
+    fn computed_order(&self, epoch: u64) -> Order {
+        let (n, seed, step) = (self.cells.len() as u64, self.state.seed, epoch as u32);
+        match self.state.order {
+            _ if !self.groups.is_empty() => Order::Drawn,
+            CellOrder::Random => Order::Random(Permutation::new(n, seed, step, 0)),
+            CellOrder::Blocks => Order::Blocks(BlockOrder::new(n, CellOrder::BLOCK, seed, step)),
+        }
+    }
+
+    /// The cell at this rank's position `i`.
+    #[inline]
+    fn computed_cell(&self, order: &mut Order, i: usize) -> u32 {
+        let i = (i * self.world + self.rank) as u64;
+        match order {
+            Order::Random(p) => self.cells.get(p.at(i)),
+            Order::Blocks(b) => self.cells.get(b.at(i)),
+            Order::Drawn => self.draw(stream_block(self.state.seed, self.state.epoch as u32, site::ORDER, i)),
+        }
+    }
+
+    /// The whole list of `epoch`: 4 bytes a cell.
     pub fn order_of(&self, epoch: u64) -> Vec<u32> {
+        if !self.listed() {
+            let other = self.at_epoch(epoch);
+            let mut order = other.computed_order(epoch);
+            return (0..self.epoch_len()).map(|i| other.computed_cell(&mut order, i)).collect();
+        }
         let (seed, step) = (self.state.seed, epoch as u32);
-        let mut all = if self.groups.is_empty() {
-            let mut all = self.cells.clone();
+        let cells = self.cells.len() as u64;
+        let mut all: Vec<u32> = if self.groups.is_empty() {
+            let mut all: Vec<u32> = (0..cells).map(|i| self.cells.get(i)).collect();
             Philox::new(seed, step, site::ORDER).shuffle(&mut all);
             all
         } else {
-            (0..self.cells.len() as u64)
-                .map(|i| self.draw(stream_block(seed, step, site::ORDER, i)))
-                .collect()
+            (0..cells).map(|i| self.draw(stream_block(seed, step, site::ORDER, i))).collect()
         };
         if self.world > 1 {
             let mine = all.iter().copied().skip(self.rank).step_by(self.world);
@@ -219,4 +407,18 @@ fn digest(cells: &[u32]) -> Sha256 {
     sha.update((cells.len() as u64).to_le_bytes());
     sha.update(bytemuck::cast_slice::<u32, u8>(cells));
     sha
+}
+
+/// Names a run of cells without listing them.
+fn range_digest(cells: &Range<u32>) -> Sha256 {
+    let mut sha = Sha256::new();
+    sha.update(format!("cells {}..{}", cells.start, cells.end));
+    sha
+}
+
+/// The cells as a range, where they are one.
+fn run_of(cells: &[u32]) -> Option<Range<u32>> {
+    let (&first, &last) = (cells.first()?, cells.last()?);
+    let run = last.checked_sub(first)? as usize + 1 == cells.len() && cells.windows(2).all(|w| w[0] < w[1]);
+    Some(first..last.checked_add(1)?).filter(|_| run)
 }

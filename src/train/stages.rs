@@ -253,6 +253,7 @@ fn finish<B: Backend<A> + Ceiling, A: Act>(
         opened.write_run_record(stage, inputs, &identity)?;
     }
     let validation = opened.validation();
+    let sampler = sampler.ordered(opened.settings.batch.order)?;
     let session = Session {
         stage,
         folder,
