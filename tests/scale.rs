@@ -125,6 +125,10 @@ fn open_draw_resume(folder: &Path, cells: u64) {
     }
     let corpus = Corpus::open(folder).unwrap();
     assert_eq!(corpus.cells() as u64, cells);
+    let start = Instant::now();
+    let longest = corpus.longest_cell();
+    say("the longest cell", start, format!("{longest} tokens"));
+    assert_eq!(longest, 1799);
 
     for order in [CellOrder::Random, CellOrder::Blocks] {
         let start = Instant::now();

@@ -236,6 +236,12 @@ impl Corpus {
         (starts[i + 1] - starts[i]) as usize
     }
 
+    /// Number of genes of the longest cell, from the offset tables alone.
+    pub fn longest_cell(&self) -> usize {
+        let longest = |s: &Shard| s.starts().windows(2).map(|w| w[1] - w[0]).max().unwrap_or(0);
+        self.shards.par_iter().map(longest).max().unwrap_or(0) as usize
+    }
+
     /// The genes of `cell`. The error is a failed checksum, found on the first touch of the bytes.
     #[inline]
     pub fn genes(&self, cell: usize) -> Result<Genes<'_>> {

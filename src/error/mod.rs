@@ -91,31 +91,6 @@ impl Error {
     pub fn bug(what: impl Into<String>) -> Self {
         Self::new(Code::Bug, what)
     }
-    /// Until the last caller names its code.
-    #[deprecated(note = "Error::new(Code::…, what)")]
-    pub fn usage(what: impl Into<String>) -> Self {
-        Self::new(Code::FlagValue, what)
-    }
-    /// Until the last caller names its code.
-    #[deprecated(note = "Error::new(Code::…, what)")]
-    pub fn input(what: impl Into<String>) -> Self {
-        Self::new(Code::FileCut, what)
-    }
-    /// Until the last caller names its code.
-    #[deprecated(note = "Error::new(Code::…, what)")]
-    pub fn environment(what: impl Into<String>) -> Self {
-        Self::new(Code::FileSystem, what)
-    }
-    /// Until the last caller names its code.
-    #[deprecated(note = "Error::new(Code::…, what)")]
-    pub fn numerical(what: impl Into<String>) -> Self {
-        Self::new(Code::LossNotFinite, what)
-    }
-    /// Until the last caller names its code.
-    #[deprecated(note = "Error::new(Code::…, what)")]
-    pub fn interrupted(what: impl Into<String>) -> Self {
-        Self::new(Code::Checkpointed, what)
-    }
     /// A device that refuses `bytes` of memory (exit 4); `free` is what it has left, of its whole, where that is known.
     pub fn out_of_memory(bytes: usize, free: Option<(usize, usize)>) -> Self {
         let mb = |bytes: usize| bytes as f64 / 1e6;

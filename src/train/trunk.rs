@@ -294,7 +294,7 @@ fn batch_options(config: &ModelConfig, corpus: &Corpus, settings: &Settings) -> 
             .wanted(format!("at most {}", config.positions)));
     }
     let special = config.prefix() + config.suffix();
-    let longest = (0..corpus.cells()).map(|cell| corpus.len_of(cell)).max().unwrap_or(0) + special;
+    let longest = corpus.longest_cell() + special;
     let max_tokens = context.min(longest);
     if max_tokens <= special {
         return Err(Error::new(Code::SettingValue, "batch.max_tokens leaves no room for genes")
