@@ -1,5 +1,6 @@
 //! `cellrefine finetune`.
 
+use super::ranks::{RankArgs, output};
 use super::training::{ResumeFlag, SplitArgs, TraceFlag, Watcher, help, inputs};
 use super::{Global, Output};
 use crate::config::Stage;
@@ -36,6 +37,8 @@ pub struct Flags {
     resume: ResumeFlag,
     #[command(flatten)]
     trace: TraceFlag,
+    #[command(flatten)]
+    pub(super) ranks: RankArgs,
 }
 
 const EXAMPLES: &str = "Examples:\n  \
@@ -48,8 +51,9 @@ pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
     let mut inputs = inputs(global, &flags.corpus, &flags.out, split, &flags.resume);
     inputs.checkpoint = Some(flags.checkpoint.clone());
     inputs.globals = flags.markers.clone();
-    let trace = flags.trace.start()?;
-    let summary = stages::finetune(&inputs, &mut Watcher::new(global))?;
+    let ranks = flags.ranks.join(&mut inputs)?;
+    let trace = if ranks.leads() { flags.trace.start()? } else { None };
+    let summary = stages::finetune(&inputs, &mut Watcher::new(global, &ranks))?;
     trace.map_or(Ok(()), Trace::finish)?;
-    Ok(Output { text: summary.to_text(), json: summary.to_json() })
+    Ok(output(&summary, &ranks))
 }

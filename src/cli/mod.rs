@@ -15,6 +15,7 @@ mod explain;
 mod export;
 mod finetune;
 mod inspect;
+mod launch;
 mod man;
 mod markers;
 mod merge;
@@ -23,6 +24,7 @@ mod perturb;
 mod plan;
 mod pretrain;
 mod progress;
+mod ranks;
 mod refine;
 mod report;
 mod training;
@@ -136,6 +138,8 @@ enum Command {
     Refine(refine::Flags),
     /// A classifier on top of a checkpoint.
     Finetune(finetune::Flags),
+    /// pretrain, refine or finetune as several processes of this machine.
+    Launch(launch::Flags),
     /// Cell embeddings, one row per cell, in input order.
     Embed(embed::Flags),
     /// Delete or overexpress genes in silico: how far cells move, and towards which prototype.
@@ -171,6 +175,21 @@ enum Command {
     },
 }
 
+impl Command {
+    /// Threads of a rank that shares its machine's cores with others; 0 = not among several.
+    fn threads_of_rank(&self) -> usize {
+        let flags = match self {
+            Command::Pretrain(f) => &f.ranks,
+            Command::Refine(f) => &f.ranks,
+            Command::Finetune(f) => &f.ranks,
+            _ => return 0,
+        };
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        // What cannot be read is refused when the command joins its ranks.
+        flags.launch().map_or(0, |launch| if launch.world > 1 { launch.threads(cores) } else { 0 })
+    }
+}
+
 fn dispatch(global: &Global, command: &Command) -> Result<Output> {
     match command {
         Command::Demo(f) => demo::run(global, f),
@@ -182,6 +201,11 @@ fn dispatch(global: &Global, command: &Command) -> Result<Output> {
         Command::Pretrain(f) => pretrain::run(global, f),
         Command::Refine(f) => refine::run(global, f),
         Command::Finetune(f) => finetune::run(global, f),
+        Command::Launch(f) => match launch::run(global, f)? {
+            0 => Ok(Output::default()),
+            // The ranks have said why.
+            code => std::process::exit(code),
+        },
         Command::Embed(f) => embed::run(global, f),
         Command::Perturb(f) => perturb::run(global, f),
         Command::Annotate(f) => annotate::run(global, f),
@@ -217,22 +241,28 @@ pub fn main() -> u8 {
             return 0;
         }
     };
-    if cli.global.threads > 0 {
+    let threads = match cli.global.threads {
+        0 => cli.command.threads_of_rank(),
+        threads => threads,
+    };
+    if threads > 0 {
         // Fails only where a pool was already built, which nothing before this line does.
-        let _ = rayon::ThreadPoolBuilder::new().num_threads(cli.global.threads).build_global();
+        let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
     }
     let run = std::panic::AssertUnwindSafe(|| dispatch(&cli.global, &cli.command));
     match std::panic::catch_unwind(run).unwrap_or_else(|_| Err(bug_report::panicked())) {
         Ok(output) => {
             let text = if cli.global.json { output.json.to_string() } else { output.text };
-            print(&text)
+            if ranks::is_follower() { 0 } else { print(&text) }
         }
         Err(e) => {
             let e = if e.kind() == Kind::Bug { bug_report::report(e) } else { e };
-            if cli.global.json {
+            if cli.global.json && !ranks::is_follower() {
                 print(&e.to_json().to_string());
             }
-            eprintln!("error[{}]: {e}", e.code());
+            if let Some(text) = ranks::said(&e) {
+                eprintln!("{text}");
+            }
             e.kind().exit_code()
         }
     }

@@ -1,5 +1,6 @@
 //! `cellrefine pretrain`.
 
+use super::ranks::{RankArgs, output};
 use super::training::{ResumeFlag, SplitArgs, TraceFlag, Watcher, help, inputs};
 use super::{Global, Output};
 use crate::config::Stage;
@@ -41,6 +42,8 @@ pub struct Flags {
     resume: ResumeFlag,
     #[command(flatten)]
     trace: TraceFlag,
+    #[command(flatten)]
+    pub(super) ranks: RankArgs,
 }
 
 const EXAMPLES: &str = "Examples:\n  \
@@ -54,8 +57,9 @@ pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
     inputs.preset = flags.preset.clone();
     inputs.checkpoint = flags.checkpoint.clone();
     inputs.globals = flags.markers.clone();
-    let trace = flags.trace.start()?;
-    let summary = stages::pretrain(&inputs, &mut Watcher::new(global))?;
+    let ranks = flags.ranks.join(&mut inputs)?;
+    let trace = if ranks.leads() { flags.trace.start()? } else { None };
+    let summary = stages::pretrain(&inputs, &mut Watcher::new(global, &ranks))?;
     trace.map_or(Ok(()), Trace::finish)?;
-    Ok(Output { text: summary.to_text(), json: summary.to_json() })
+    Ok(output(&summary, &ranks))
 }

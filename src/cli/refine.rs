@@ -1,5 +1,6 @@
 //! `cellrefine refine`.
 
+use super::ranks::{RankArgs, output};
 use super::training::{ResumeFlag, SplitArgs, TraceFlag, Watcher, help, inputs};
 use super::{Global, Output};
 use crate::config::Stage;
@@ -45,6 +46,8 @@ pub struct Flags {
     resume: ResumeFlag,
     #[command(flatten)]
     trace: TraceFlag,
+    #[command(flatten)]
+    pub(super) ranks: RankArgs,
 }
 
 const EXAMPLES: &str = "Examples:\n  \
@@ -62,8 +65,9 @@ pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
         gene_map: flags.gene_map.clone(),
         allow_unmatched: flags.allow_unmatched,
     };
-    let trace = flags.trace.start()?;
-    let summary = stages::refine(&inputs, &markers, &mut Watcher::new(global))?;
+    let ranks = flags.ranks.join(&mut inputs)?;
+    let trace = if ranks.leads() { flags.trace.start()? } else { None };
+    let summary = stages::refine(&inputs, &markers, &mut Watcher::new(global, &ranks))?;
     trace.map_or(Ok(()), Trace::finish)?;
-    Ok(Output { text: summary.to_text(), json: summary.to_json() })
+    Ok(output(&summary, &ranks))
 }

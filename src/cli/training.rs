@@ -1,6 +1,7 @@
 //! What the training commands share: flags of the split and of resuming, progress, signals.
 
 use super::{Global, Progress};
+use crate::collective::Collective;
 use crate::config::{Sources, Stage};
 use crate::error::Result;
 use crate::trace::Trace;
@@ -129,19 +130,24 @@ fn resume_command() -> String {
 /// Prints notes and records, moves the progress bar, passes on SIGINT and SIGTERM.
 pub struct Watcher<'a> {
     global: &'a Global,
+    /// The leading rank speaks for all.
+    speaks: bool,
     progress: Option<Progress>,
     stop: Arc<AtomicBool>,
 }
 
 impl<'a> Watcher<'a> {
     /// Watches for `global`; from here on the first signal asks for a checkpoint.
-    pub fn new(global: &'a Global) -> Self {
-        Watcher { global, progress: None, stop: stop_on_signals() }
+    pub fn new(global: &'a Global, ranks: &Collective) -> Self {
+        Watcher { global, speaks: ranks.leads(), progress: None, stop: stop_on_signals() }
     }
 }
 
 impl Observer for Watcher<'_> {
     fn begin(&mut self, stage: Stage, step: u64, steps: u64) {
+        if !self.speaks {
+            return;
+        }
         let progress = self.global.progress(stage.name(), Some(steps));
         progress.start_at(step);
         self.progress = Some(progress);
@@ -149,6 +155,7 @@ impl Observer for Watcher<'_> {
 
     fn note(&mut self, text: &str) {
         match &self.progress {
+            _ if !self.speaks => {}
             Some(progress) => progress.above(|| self.global.note(text)),
             None => self.global.note(text),
         }

@@ -24,12 +24,13 @@ pub struct Sources {
 }
 
 /// Variables that are no settings: flags of the command line, the build's, the emulator's.
-const OTHER_VARIABLES: [&str; 8] = [
+const OTHER_VARIABLES: [&str; 9] = [
     "CELLREFINE_THREADS",
     "CELLREFINE_DEVICE",
     "CELLREFINE_SEED",
     "CELLREFINE_CUDA_ARCHS",
     "CELLREFINE_COMMIT",
+    "CELLREFINE_LAUNCHED",
     "CELLREFINE_EMULATOR_SCHEDULE",
     "CELLREFINE_EMULATOR_LIBRARY",
     "CELLREFINE_EMULATOR_MEMORY",
