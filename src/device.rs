@@ -177,13 +177,7 @@ pub trait Device: Sized + Clone + Send + Sync + 'static {
 
     /// Σ over the ranks of the first `len` elements, on every rank, summed in rank order.
     fn all_reduce(&self, ranks: &Collective, buf: &mut Self::Buf<f32>, len: usize) -> Result<()> {
-        if ranks.is_single() {
-            return Ok(());
-        }
-        let mut host = vec![0.0; len];
-        self.read(buf, &mut host)?;
-        ranks.all_reduce(&mut host)?;
-        self.write(buf, &host)
+        all_reduce_staged(self, ranks, buf, len)
     }
 
     /// Elements `ranges[r]`, which only rank r has, to all ranks; the ranges follow each other from 0 on.
@@ -193,13 +187,7 @@ pub trait Device: Sized + Clone + Send + Sync + 'static {
         buf: &mut Self::Buf<f32>,
         ranges: &[Range<usize>],
     ) -> Result<()> {
-        if ranks.is_single() {
-            return Ok(());
-        }
-        let mut host = vec![0.0; ranges.last().map_or(0, |last| last.end)];
-        self.read(buf, &mut host)?;
-        ranks.all_gather_ranges(&mut host, ranges)?;
-        self.write(buf, &host)
+        all_gather_staged(self, ranks, buf, ranges)
     }
 
     /// A second handle to elements `range` of `buf`, kept alive independently of it.
@@ -222,6 +210,38 @@ pub trait Device: Sized + Clone + Send + Sync + 'static {
         self.read(buf, &mut host)?;
         Ok(host)
     }
+}
+
+/// [`Device::all_reduce`] by way of the host.
+pub(crate) fn all_reduce_staged<B: Device>(
+    dev: &B,
+    ranks: &Collective,
+    buf: &mut B::Buf<f32>,
+    len: usize,
+) -> Result<()> {
+    if ranks.is_single() {
+        return Ok(());
+    }
+    let mut host = vec![0.0; len];
+    dev.read(buf, &mut host)?;
+    ranks.all_reduce(&mut host)?;
+    dev.write(buf, &host)
+}
+
+/// [`Device::all_gather`] by way of the host.
+pub(crate) fn all_gather_staged<B: Device>(
+    dev: &B,
+    ranks: &Collective,
+    buf: &mut B::Buf<f32>,
+    ranges: &[Range<usize>],
+) -> Result<()> {
+    if ranks.is_single() {
+        return Ok(());
+    }
+    let mut host = vec![0.0; ranges.last().map_or(0, |last| last.end)];
+    dev.read(buf, &mut host)?;
+    ranks.all_gather_ranges(&mut host, ranges)?;
+    dev.write(buf, &host)
 }
 
 /// Counter-based dropout (Philox 4x32-10, [`crate::rng`]): element `i` of row `r` is kept or dropped by

@@ -177,7 +177,7 @@ enum Command {
 
 impl Command {
     /// Threads of a rank that shares its machine's cores with others; 0 = not among several.
-    fn threads_of_rank(&self) -> usize {
+    fn threads_of_rank(&self, device: Choice) -> usize {
         let flags = match self {
             Command::Pretrain(f) => &f.ranks,
             Command::Refine(f) => &f.ranks,
@@ -186,7 +186,7 @@ impl Command {
         };
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         // What cannot be read is refused when the command joins its ranks.
-        flags.launch().map_or(0, |launch| if launch.world > 1 { launch.threads(cores) } else { 0 })
+        flags.launch(device).map_or(0, |launch| if launch.world > 1 { launch.threads(cores) } else { 0 })
     }
 }
 
@@ -242,7 +242,7 @@ pub fn main() -> u8 {
         }
     };
     let threads = match cli.global.threads {
-        0 => cli.command.threads_of_rank(),
+        0 => cli.command.threads_of_rank(cli.global.device),
         threads => threads,
     };
     if threads > 0 {

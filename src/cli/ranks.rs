@@ -1,6 +1,7 @@
 //! What the training commands say about ranks, and what a rank that does not lead keeps to itself.
 
 use super::Output;
+use crate::backend::Choice;
 use crate::collective::Collective;
 use crate::collective::launch::{Carrier, Flags, LAUNCHERS, Launch};
 use crate::cuda::gpu;
@@ -30,9 +31,10 @@ pub struct RankArgs {
     /// The only launcher whose variables are looked at.
     #[arg(long, value_name = "NAME", value_parser = LAUNCHERS)]
     launcher: Option<String>,
-    /// What carries messages between processes: tcp, or mpi where this build has it.
-    #[arg(long, value_name = "NAME", default_value = "tcp", value_parser = ["tcp", "mpi"])]
-    collective: String,
+    /// What carries sums between processes: tcp; mpi or nccl (between GPUs) where this build has them [default: nccl for GPUs in
+    /// a build that has it, else tcp].
+    #[arg(long, value_name = "NAME", value_parser = ["tcp", "mpi", "nccl"])]
+    collective: Option<String>,
     /// Longest wait for another process, in seconds [default: 600].
     #[arg(long, value_name = "SECONDS")]
     rank_timeout: Option<f64>,
@@ -52,8 +54,8 @@ pub fn prefix() -> String {
 }
 
 impl RankArgs {
-    /// Flags and environment.
-    pub fn launch(&self) -> Result<Launch> {
+    /// Flags and environment, for a rank on `device`.
+    pub fn launch(&self, device: Choice) -> Result<Launch> {
         let flags = Flags {
             rank: self.rank,
             world: self.world,
@@ -61,7 +63,12 @@ impl RankArgs {
             gpus_per_node: self.gpus_per_node,
             master: self.master.clone(),
             launcher: self.launcher.clone(),
-            carrier: if self.collective == "mpi" { Carrier::Mpi } else { Carrier::Tcp },
+            carrier: match self.collective.as_deref() {
+                Some("mpi") => Carrier::Mpi,
+                Some("nccl") => Carrier::Nccl,
+                None if cfg!(feature = "nccl") && matches!(device, Choice::Cuda(_)) => Carrier::Nccl,
+                _ => Carrier::Tcp,
+            },
             timeout: self.rank_timeout,
         };
         let launch = Launch::discover(&flags, |name| std::env::var(name).ok())?;
@@ -73,7 +80,7 @@ impl RankArgs {
 
     /// Meets the other ranks and gives `inputs` this rank's place and device among them.
     pub fn join(&self, inputs: &mut RunInputs) -> Result<Collective> {
-        let launch = self.launch()?;
+        let launch = self.launch(inputs.device)?;
         inputs.device = launch.device(inputs.device, gpu::count)?;
         inputs.ranks = launch.connect()?;
         Ok(inputs.ranks.clone())

@@ -28,6 +28,8 @@ pub enum Carrier {
     Tcp,
     /// MPI (feature `mpi`).
     Mpi,
+    /// NCCL between GPUs (feature `nccl`), sockets for the rest.
+    Nccl,
 }
 
 /// What the command line says about ranks.
@@ -160,7 +162,12 @@ impl Launch {
             return Ok(Collective::default());
         }
         match self.carrier {
-            Carrier::Tcp => {
+            Carrier::Nccl if !cfg!(feature = "nccl") => {
+                Err(Error::new(Code::RankBuild, "this build does not speak NCCL")
+                    .at("--collective nccl")
+                    .next("build with --features nccl, or --collective tcp"))
+            }
+            Carrier::Tcp | Carrier::Nccl => {
                 let master = self.master.clone().ok_or_else(|| {
                     Error::new(Code::RankAddress, "where does rank 0 listen?")
                         .at(format!("{} numbered {} ranks", self.source, self.world))
@@ -168,7 +175,8 @@ impl Launch {
                         .next("--master HOST:PORT, the same on all ranks, HOST being the machine of rank 0")
                 })?;
                 let place = Place { rank: self.rank, world: self.world, master, timeout: self.timeout };
-                tcp::connect(&place)
+                let all = tcp::connect(&place)?;
+                Ok(if self.carrier == Carrier::Nccl { all.over_nccl() } else { all })
             }
             #[cfg(feature = "mpi")]
             Carrier::Mpi => super::mpi::connect(self.rank, self.world, self.timeout),

@@ -115,6 +115,7 @@ pub trait Transport: fmt::Debug + Send + Sync {
 #[derive(Clone, Default)]
 pub struct Collective {
     shared: Option<Arc<Shared>>,
+    nccl: bool,
 }
 
 #[derive(Debug)]
@@ -144,7 +145,17 @@ impl Collective {
                 step: AtomicU64::new(0),
                 sequence: AtomicU64::new(0),
             })),
+            nccl: false,
         }
+    }
+
+    /// The same ranks, whose GPUs speak NCCL.
+    pub fn over_nccl(self) -> Collective {
+        Collective { nccl: true, ..self }
+    }
+    /// Do GPUs of these ranks speak NCCL?
+    pub fn uses_nccl(&self) -> bool {
+        self.nccl
     }
 
     /// This rank, from 0.

@@ -23,6 +23,8 @@ mod layernorm;
 mod linear;
 mod mask_tokens;
 mod moment;
+#[cfg(feature = "nccl")]
+mod nccl;
 mod normalize;
 mod pinned;
 mod pool;
@@ -45,6 +47,8 @@ pub use emulated::{Arch, Schedule};
 pub use functions::Dropout as DropoutArgument;
 pub use moment::{Facts, Moment};
 
+#[cfg(feature = "nccl")]
+use crate::collective::Collective;
 use crate::device::{Act, Device, Dropout, Element, Later, Len, Queue, StepSizes};
 use crate::error::Result;
 use crate::rng;
@@ -67,6 +71,9 @@ pub struct Cuda(Arc<Shared>);
 struct Shared {
     // The arena goes before the driver that owns its memory.
     arena: Arena,
+    /// Made by the first sum over ranks that goes through NCCL; goes before the driver as well.
+    #[cfg(feature = "nccl")]
+    nccl: std::sync::Mutex<Option<nccl::Communicator>>,
     driver: Arc<Driver>,
 }
 
@@ -111,7 +118,31 @@ impl Cuda {
     }
 
     fn over(driver: Driver) -> Self {
-        Cuda(Arc::new(Shared { arena: Arena::default(), driver: Arc::new(driver) }))
+        Cuda(Arc::new(Shared {
+            arena: Arena::default(),
+            #[cfg(feature = "nccl")]
+            nccl: std::sync::Mutex::default(),
+            driver: Arc::new(driver),
+        }))
+    }
+
+    /// Runs `queue` over NCCL where `ranks` ask for it and this is a GPU; `None` where the host carries floats between ranks.
+    #[cfg(feature = "nccl")]
+    fn over_nccl(
+        &self,
+        ranks: &Collective,
+        queue: impl FnOnce(&nccl::Communicator, &gpu::Gpu) -> Result<()>,
+    ) -> Option<Result<()>> {
+        let Driver::Gpu(gpu) = &**self.driver() else { return None };
+        if !ranks.uses_nccl() {
+            return None;
+        }
+        let mut link = self.0.nccl.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let met = match link.take() {
+            Some(met) => Ok(met),
+            None => nccl::Communicator::meet(gpu, ranks),
+        };
+        Some(met.and_then(|met| queue(link.insert(met), gpu)))
     }
 
     /// Does this device run the kernels for compute capability 9.0?
@@ -213,6 +244,23 @@ impl Device for Cuda {
         to.check_room(len)?;
         // SAFETY: both hold `len` elements; `to` is borrowed mutably, so they are two buffers.
         unsafe { self.driver().copy(from.address(), to.address(), len * size_of::<T>()) }
+    }
+
+    #[cfg(feature = "nccl")]
+    fn all_reduce(&self, ranks: &Collective, buf: &mut Buf<f32>, len: usize) -> Result<()> {
+        buf.check_room(len)?;
+        // SAFETY: the buffer holds `len` elements on this driver's device.
+        let queued = self.over_nccl(ranks, |nccl, gpu| unsafe { nccl.all_reduce(gpu, buf.address(), len) });
+        queued.unwrap_or_else(|| crate::device::all_reduce_staged(self, ranks, buf, len))
+    }
+
+    #[cfg(feature = "nccl")]
+    fn all_gather(&self, ranks: &Collective, buf: &mut Buf<f32>, ranges: &[Range<usize>]) -> Result<()> {
+        buf.check_room(ranges.iter().map(|range| range.end).max().unwrap_or(0))?;
+        // SAFETY: the buffer holds all ranges on this driver's device.
+        let queued =
+            self.over_nccl(ranks, |nccl, gpu| unsafe { nccl.all_gather(gpu, buf.address(), ranges) });
+        queued.unwrap_or_else(|| crate::device::all_gather_staged(self, ranks, buf, ranges))
     }
 
     unsafe fn part<T: Element>(&self, buf: &Buf<T>, range: Range<usize>) -> Buf<T> {

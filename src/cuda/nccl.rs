@@ -1,0 +1,145 @@
+//! Sums and gathers of device memory over ranks through NCCL, queued behind the kernels that made it: the host waits for nothing.
+//!
+//! libnccl is loaded when a run asks for it. Its communicator is made from an id that the leading rank draws and the ranks'
+//! [`Collective`] passes on, so whatever brings the ranks together brings NCCL's together. The order of a sum is NCCL's own: the
+//! same bits on every rank, and at every repeat on the same machines, but not those of the other transports.
+//!
+//! Not yet measured on several GPUs. A rank that dies within a sum is noticed by the next exchange of the host; a host that waits
+//! for the device until then waits as long as NCCL does.
+
+use super::gpu::Gpu;
+use crate::collective::Collective;
+use crate::error::{Code, Error, Result};
+use cudarc::nccl::result::{self, NcclError};
+use cudarc::nccl::sys;
+use std::ffi::{c_char, c_void};
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
+/// This rank's end of NCCL.
+pub(super) struct Communicator {
+    handle: sys::ncclComm_t,
+    world: usize,
+}
+
+// SAFETY: NCCL allows a communicator to be used from any thread, by one at a time; the device's lock sees to that.
+unsafe impl Send for Communicator {}
+
+impl Communicator {
+    /// Meets the other ranks' GPUs.
+    ///
+    /// # Errors
+    /// Environment (4): no libnccl, or what NCCL reports.
+    pub fn meet(gpu: &Gpu, ranks: &Collective) -> Result<Communicator> {
+        // SAFETY: only opens a library by name.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(Error::new(Code::RankConnection, "NCCL cannot be loaded")
+                .found("no libnccl.so.2")
+                .next("install NCCL 2 for CUDA 13, or --collective tcp"));
+        }
+        let id = ranks.lead(|| {
+            let id = result::get_uniqueid().map_err(|e| failure("drawing an id", &e))?;
+            Ok(bytemuck::cast_slice::<c_char, u8>(&id.internal).to_vec())
+        })?;
+        let mut internal = [0 as c_char; 128];
+        let bytes: &[c_char] = bytemuck::cast_slice(&id);
+        if bytes.len() != internal.len() {
+            return Err(Error::bug("an id of NCCL has another length").found(bytes.len()));
+        }
+        internal.copy_from_slice(bytes);
+        gpu.enter()?;
+        let mut handle = MaybeUninit::uninit();
+        let (world, rank) = (ranks.world(), ranks.rank());
+        // SAFETY: the context of this rank's GPU is current; `handle` is written where the call succeeds.
+        let handle = unsafe {
+            let id = sys::ncclUniqueId { internal };
+            result::comm_init_rank(handle.as_mut_ptr(), world as i32, id, rank as i32)
+                .map_err(|e| failure("meeting the other ranks", &e))?;
+            handle.assume_init()
+        };
+        Ok(Communicator { handle, world })
+    }
+
+    /// Queues `Σ` over the ranks of `len` floats at `at`, in place.
+    ///
+    /// # Safety
+    /// The range lies within one allocation of `gpu`, which this communicator was made on.
+    pub unsafe fn all_reduce(&self, gpu: &Gpu, at: u64, len: usize) -> Result<()> {
+        gpu.enter()?;
+        let (kind, sum) = (sys::ncclDataType_t::ncclFloat32, sys::ncclRedOp_t::ncclSum);
+        // SAFETY: passed on; NCCL allows a sum in place.
+        unsafe {
+            result::all_reduce(
+                at as *const c_void,
+                at as *mut c_void,
+                len,
+                kind,
+                sum,
+                self.handle,
+                gpu.stream() as sys::cudaStream_t,
+            )
+        }
+        .map(drop)
+        .map_err(|e| failure("a sum over the ranks", &e))
+    }
+
+    /// Queues a gather: floats `ranges[r]` from `at` on go from rank r to all.
+    ///
+    /// # Safety
+    /// As [`Communicator::all_reduce`].
+    pub unsafe fn all_gather(&self, gpu: &Gpu, at: u64, ranges: &[Range<usize>]) -> Result<()> {
+        debug_assert_eq!(ranges.len(), self.world);
+        gpu.enter()?;
+        let failed = |e: NcclError| failure("a gather over the ranks", &e);
+        result::group_start().map_err(failed)?;
+        for (root, range) in ranges.iter().enumerate().filter(|(_, range)| !range.is_empty()) {
+            let place = at + 4 * range.start as u64;
+            // SAFETY: passed on; NCCL allows a broadcast in place.
+            unsafe {
+                result::broadcast(
+                    place as *const c_void,
+                    place as *mut c_void,
+                    range.len(),
+                    sys::ncclDataType_t::ncclFloat32,
+                    root as i32,
+                    self.handle,
+                    gpu.stream() as sys::cudaStream_t,
+                )
+            }
+            .map_err(failed)?;
+        }
+        result::group_end().map(drop).map_err(failed)
+    }
+}
+
+impl Drop for Communicator {
+    fn drop(&mut self) {
+        // SAFETY: made by `meet`, and nothing uses it any more. Aborting never waits for other ranks.
+        let _ = unsafe { result::comm_abort(self.handle) };
+    }
+}
+
+fn failure(doing: &str, e: &NcclError) -> Error {
+    Error::new(Code::RankLost, format!("NCCL failed at {doing}"))
+        .found(format!("ncclResult_t {}", e.0 as u32))
+        .next("NCCL_DEBUG=INFO prints more; then continue from the last checkpoint with --resume")
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::collective::Collective;
+    use crate::cuda::Cuda;
+    use crate::device::Device;
+
+    #[test]
+    #[ignore = "needs a GPU and libnccl"]
+    fn one_rank_sums_and_gathers_its_own() {
+        let dev = Cuda::open(0).unwrap();
+        let ranks = Collective::default().over_nccl();
+        let host: Vec<f32> = (0..100_003).map(|i| i as f32 * 0.37 - 5.0).collect();
+        let mut buf = dev.upload(&host).unwrap();
+        dev.all_reduce(&ranks, &mut buf, host.len()).unwrap();
+        dev.all_gather(&ranks, &mut buf, &[0..777]).unwrap();
+        assert_eq!(dev.download(&buf).unwrap(), host);
+    }
+}
