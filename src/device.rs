@@ -180,6 +180,18 @@ pub trait Device: Sized + Clone + Send + Sync + 'static {
         all_reduce_staged(self, ranks, buf, len)
     }
 
+    /// The first half of [`Device::all_reduce`]: of the first `len` elements each rank gets the sum of its own
+    /// [slice](Collective::slice); the others are left with any content.
+    fn reduce_scatter(&self, ranks: &Collective, buf: &mut Self::Buf<f32>, len: usize) -> Result<()> {
+        if ranks.is_single() {
+            return Ok(());
+        }
+        let mut host = vec![0.0; len];
+        self.read(buf, &mut host)?;
+        ranks.reduce_scatter(&mut host)?;
+        self.write(buf, &host)
+    }
+
     /// Elements `ranges[r]`, which only rank r has, to all ranks; the ranges follow each other from 0 on.
     fn all_gather(
         &self,

@@ -206,6 +206,26 @@ fn pretraining_ranks_are_one_process() {
 }
 
 #[test]
+fn moments_divided_over_ranks_change_nothing_but_rounding() {
+    let case = Case::new();
+    let sharded = ["optimizer.sharded=true"];
+    several_are_one(refine, |out, set| case.later(out, &[&sharded[..], set].concat()), &[2, 3]);
+    let bf16 = ["optimizer.sharded=true", "train.precision=bf16", "train.steps=2", "train.eval_every=100"];
+    for (summary, _) in ranks(2, stages::pretrain, &case.inputs("bf16", &bf16), quiet) {
+        summary.unwrap();
+    }
+    // What three ranks saved, divided, one resumes whole, and a NaN in a slice is found by all.
+    let inputs = case.inputs("resumed", &sharded);
+    let stop = |_: usize| Script { stops: Some(4), poisons: vec![2], ..Script::default() };
+    for (outcome, script) in ranks(3, stages::pretrain, &inputs, stop) {
+        assert_eq!(outcome.unwrap_err().kind(), Kind::Interrupted);
+        assert!(script.notes.iter().any(|note| note.contains("step 2 skipped") && note.contains("word")));
+    }
+    let again = RunInputs { resume: Resume::Last, ..inputs };
+    assert_eq!(stages::pretrain(&again, &mut Script::default()).unwrap().steps, 7);
+}
+
+#[test]
 fn refining_ranks_are_one_process() {
     let case = Case::new();
     several_are_one(refine, |out, set| case.later(out, &[&["objective.refresh=0.9"], set].concat()), &[2, 4]);

@@ -1,7 +1,7 @@
 //! The command line: one file per command, each `flags -> settings -> one call into the library -> Output`.
 //!
 //! Results go to stdout, diagnostics and progress to stderr. Under `--json` stdout holds exactly one JSON object, errors
-//! included. Exit codes are those of [`Kind`](crate::error::Kind).
+//! included. Exit codes are those of [`Kind`].
 
 mod annotate;
 mod bench;

@@ -222,14 +222,14 @@ fn half(given: &str, other: &str) -> Error {
         .next("give both, or neither (--launcher none runs alone)")
 }
 
-fn from_environment(only: Option<&str>, env: &dyn Fn(&str) -> Option<String>) -> Result<Option<Found>> {
+/// A process's variables by name.
+type Variables<'a> = &'a dyn Fn(&str) -> Option<String>;
+/// What one launcher's variables say; `None` where it set none.
+type Reader = fn(Variables<'_>) -> Result<Option<Found>>;
+
+fn from_environment(only: Option<&str>, env: Variables<'_>) -> Result<Option<Found>> {
     let looked_at = |name: &str| only.is_none_or(|only| only == name);
-    let ask = |name: &str, of: fn(&dyn Fn(&str) -> Option<String>) -> Result<Option<Found>>| match looked_at(
-        name,
-    ) {
-        true => of(env),
-        false => Ok(None),
-    };
+    let ask = |name: &str, of: Reader| if looked_at(name) { of(env) } else { Ok(None) };
     if let Some(found) = ask("torchrun", torchrun)? {
         return Ok(Some(found));
     }
@@ -251,7 +251,7 @@ fn from_environment(only: Option<&str>, env: &dyn Fn(&str) -> Option<String>) ->
 }
 
 /// A number of the environment.
-fn number(env: &dyn Fn(&str) -> Option<String>, name: &str) -> Result<Option<usize>> {
+fn number(env: Variables<'_>, name: &str) -> Result<Option<usize>> {
     let Some(text) = env(name) else { return Ok(None) };
     text.trim().parse().map(Some).map_err(|_| {
         Error::new(Code::RankNumbers, format!("{name} is no number"))
@@ -261,7 +261,7 @@ fn number(env: &dyn Fn(&str) -> Option<String>, name: &str) -> Result<Option<usi
 }
 
 /// Both or none of a pair of numbers.
-fn pair(env: &dyn Fn(&str) -> Option<String>, a: &str, b: &str) -> Result<Option<(usize, usize)>> {
+fn pair(env: Variables<'_>, a: &str, b: &str) -> Result<Option<(usize, usize)>> {
     match (number(env, a)?, number(env, b)?) {
         (Some(a), Some(b)) => Ok(Some((a, b))),
         (None, None) => Ok(None),
@@ -270,7 +270,7 @@ fn pair(env: &dyn Fn(&str) -> Option<String>, a: &str, b: &str) -> Result<Option
     }
 }
 
-fn torchrun(env: &dyn Fn(&str) -> Option<String>) -> Result<Option<Found>> {
+fn torchrun(env: Variables<'_>) -> Result<Option<Found>> {
     let Some((rank, world)) = pair(env, "RANK", "WORLD_SIZE")? else { return Ok(None) };
     // The agent of torchrun holds the port that it hands out.
     let taken = env("TORCHELASTIC_RUN_ID").is_some();
@@ -286,7 +286,7 @@ fn torchrun(env: &dyn Fn(&str) -> Option<String>) -> Result<Option<Found>> {
 }
 
 /// `srun` alone: the batch script itself has a SLURM_PROCID too, but no step of several tasks.
-fn slurm(env: &dyn Fn(&str) -> Option<String>) -> Result<Option<Found>> {
+fn slurm(env: Variables<'_>) -> Result<Option<Found>> {
     let (Some(rank), Some(world)) = (number(env, "SLURM_PROCID")?, number(env, "SLURM_STEP_NUM_TASKS")?)
     else {
         return Ok(None);
@@ -333,7 +333,7 @@ fn tasks_here(text: &str, node: usize) -> Option<usize> {
     None
 }
 
-fn openmpi(env: &dyn Fn(&str) -> Option<String>) -> Result<Option<Found>> {
+fn openmpi(env: Variables<'_>) -> Result<Option<Found>> {
     let names = ["OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"];
     let pair = pair(env, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")?;
     // The id of the job, for a port of its own: 3215327233 of `3215327233.0` or `[3215327233,1]`.
@@ -341,14 +341,14 @@ fn openmpi(env: &dyn Fn(&str) -> Option<String>) -> Result<Option<Found>> {
     numbered("OpenMPI", env, pair, names, job)
 }
 
-fn pmi(env: &dyn Fn(&str) -> Option<String>) -> Result<Option<Found>> {
+fn pmi(env: Variables<'_>) -> Result<Option<Found>> {
     let pair = pair(env, "PMI_RANK", "PMI_SIZE")?;
     numbered("PMI", env, pair, ["MPI_LOCALRANKID", "MPI_LOCALNRANKS"], env("PMI_PORT"))
 }
 
 fn numbered(
     source: &'static str,
-    env: &dyn Fn(&str) -> Option<String>,
+    env: Variables<'_>,
     pair: Option<(usize, usize)>,
     local: [&str; 2],
     job: Option<String>,

@@ -352,6 +352,29 @@ impl Collective {
         self.exchange(Operation::AllGather, &send, &mut receive)
     }
 
+    /// Every rank's [slice](Collective::slice) of `len` floats, `own`, to the leading rank, which gets all of them.
+    pub fn gather(&self, own: &[f32], len: usize) -> Result<Option<Vec<f32>>> {
+        if self.is_single() {
+            return Ok(Some(own.to_vec()));
+        }
+        let mut all = vec![0.0; if self.leads() { len } else { 0 }];
+        let send: Vec<&[u8]> = (0..self.world())
+            .map(|to| bytemuck::cast_slice(if to == 0 && !self.leads() { own } else { &[] }))
+            .collect();
+        let (mut receive, mut rest) = (Vec::<&mut [u8]>::new(), &mut all[..]);
+        for from in 0..self.world() {
+            let size = if self.leads() { self.slice(len, from).len() } else { 0 };
+            let (part, after) = std::mem::take(&mut rest).split_at_mut(size);
+            if from == 0 && self.leads() {
+                part.copy_from_slice(own);
+            }
+            receive.push(bytemuck::cast_slice_mut(part));
+            rest = after;
+        }
+        self.exchange(Operation::AllGather, &send, &mut receive)?;
+        Ok(self.leads().then_some(all))
+    }
+
     /// Σ of `values` over the ranks, on every rank.
     pub fn all_reduce(&self, values: &mut [f32]) -> Result<()> {
         self.reduce_scatter(values)?;

@@ -95,6 +95,7 @@ impl Settings {
                 clip: 1.0,
                 warmup,
                 schedule: ScheduleKind::Cosine,
+                sharded: false,
             },
             train: TrainSettings {
                 steps: 0,

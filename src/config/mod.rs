@@ -100,6 +100,9 @@ pub struct OptimizerSettings {
     pub warmup: f64,
     /// Shape of the decay.
     pub schedule: ScheduleKind,
+    /// Divide the network's moments over the ranks (ZeRO stage 1); without several ranks, or with adapters, nothing changes.
+    #[serde(default)]
+    pub sharded: bool,
 }
 
 /// Type of the activations; master weights, sums and losses are f32 or better either way.

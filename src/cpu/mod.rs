@@ -88,6 +88,10 @@ impl Device for Cpu {
         ranks.all_reduce(&mut buf[..len])
     }
 
+    fn reduce_scatter(&self, ranks: &Collective, buf: &mut Buf<f32>, len: usize) -> Result<()> {
+        ranks.reduce_scatter(&mut buf[..len]).map(drop)
+    }
+
     fn all_gather(&self, ranks: &Collective, buf: &mut Buf<f32>, ranges: &[Range<usize>]) -> Result<()> {
         ranks.all_gather_ranges(&mut buf[..], ranges)
     }

@@ -139,7 +139,7 @@ mod tests {
         let host: Vec<f32> = (0..100_003).map(|i| i as f32 * 0.37 - 5.0).collect();
         let mut buf = dev.upload(&host).unwrap();
         dev.all_reduce(&ranks, &mut buf, host.len()).unwrap();
-        dev.all_gather(&ranks, &mut buf, &[0..777]).unwrap();
+        dev.all_gather(&ranks, &mut buf, std::slice::from_ref(&(0..777))).unwrap();
         assert_eq!(dev.download(&buf).unwrap(), host);
     }
 }

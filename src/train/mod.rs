@@ -10,6 +10,7 @@
 //! | [`run`] | the loop: steps, bad steps, evaluation, checkpoints, signals |
 //! | [`lora`], [`lora_file`] | low-rank adapters folded into the weights; the files that PEFT reads |
 //! | [`optimizer`], [`schedule`] | AdamW over ranges of flat stores; warm-up and decay |
+//! | [`shard`] | moments divided over the ranks |
 //! | [`folder`], [`state`] | run folders that survive any kill; what a resumed run finds again |
 //! | [`record`] | what a logged step says and how fast it went |
 //! | [`observer`] | who watches |
@@ -28,6 +29,7 @@ pub mod refine;
 pub mod refine_start;
 pub mod run;
 pub mod schedule;
+pub mod shard;
 pub mod stages;
 pub mod state;
 pub mod summary;

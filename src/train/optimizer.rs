@@ -90,18 +90,20 @@ const GROUPS: usize = 2;
 /// All scalars of a step.
 pub const SLOTS: usize = BAD_SLOT + GROUPS;
 
-/// Σ grad² over all groups, added to [`NORM_SLOT`], which is 0 before, for [`update`]. Where it is not finite, the index of each
-/// group's first bad element is left from [`BAD_SLOT`] on, or the group's length. Nothing is read back.
+/// Σ grad² over the groups, added to [`NORM_SLOT`], for [`update`]. Where it is not finite, the index of each group's first bad
+/// element is left from [`BAD_SLOT`] on, or the group's length; a group that is `None` was reckoned before. Nothing is read back.
 pub fn squared_norm<A: Act, B: Backend<A>>(
     dev: &B,
-    gradients: &[(&B::Buf<f32>, usize)],
+    gradients: [Option<(&B::Buf<f32>, usize)>; GROUPS],
     scalars: &mut B::Buf<f64>,
 ) -> Result<()> {
-    for (grad, len) in gradients {
+    for (grad, len) in gradients.iter().flatten() {
         reduce::add_sum_squares::<B>(dev, grad, *len, scalars, NORM_SLOT)?;
     }
-    for (i, (grad, len)) in gradients.iter().enumerate() {
-        reduce::first_bad::<B>(dev, grad, *len, scalars, NORM_SLOT, BAD_SLOT + i)?;
+    for (i, gradient) in gradients.iter().enumerate() {
+        if let Some((grad, len)) = gradient {
+            reduce::first_bad::<B>(dev, grad, *len, scalars, NORM_SLOT, BAD_SLOT + i)?;
+        }
     }
     Ok(())
 }

@@ -12,7 +12,7 @@ mod settle;
 use super::folder::{RunFolder, verify};
 use super::lora_file;
 use super::observer::{Flow, Observer};
-use super::optimizer::{Group, LOSS_SLOT, squared_norm, update};
+use super::optimizer::{Group, LOSS_SLOT, Moments, squared_norm, update};
 use super::record::{Meter, Writers};
 use super::schedule::Schedule;
 use super::state::{Best, LoopState, read_moments, write_moments};
@@ -304,7 +304,10 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
                 let len = adapters.layout().len();
                 dev.all_reduce(ranks, adapters.grad_mut(), len)?;
             }
-            None => dev.all_reduce(ranks, trunk.grads.flat_mut(), trunk.params.layout().len())?,
+            None => match &trunk.shard {
+                Some(shard) => shard.sum(dev, trunk.grads.flat_mut())?,
+                None => dev.all_reduce(ranks, trunk.grads.flat_mut(), trunk.params.layout().len())?,
+            },
         }
         match self.task.own() {
             Some(own) if !own.whole => dev.all_reduce(ranks, own.grad, own.len),
@@ -316,15 +319,17 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
     fn norm(&mut self) -> Result<Later<f64>> {
         let _range = trace::range("optimizer");
         let trunk = &mut *self.trunk;
-        let mut gradients = match &trunk.adapters {
-            Some(adapters) => vec![(adapters.grad(), adapters.layout().len())],
-            None => vec![(trunk.grads.flat(), trunk.params.layout().len())],
-        };
         let own = self.task.own();
-        if let Some(own) = &own {
-            gradients.push((&*own.grad, own.len));
-        }
-        squared_norm::<A, B>(&trunk.dev, &gradients, &mut trunk.scalars)?;
+        let own = own.as_ref().map(|own| (&*own.grad, own.len));
+        let network = match (&trunk.adapters, &trunk.shard) {
+            (Some(adapters), _) => Some((adapters.grad(), adapters.layout().len())),
+            (None, None) => Some((trunk.grads.flat(), trunk.params.layout().len())),
+            (None, Some(shard)) => {
+                shard.squared_norm::<A, B>(&trunk.dev, trunk.grads.flat(), &mut trunk.scalars)?;
+                None
+            }
+        };
+        squared_norm::<A, B>(&trunk.dev, [network, own], &mut trunk.scalars)?;
         trunk.dev.read_later(&trunk.scalars)
     }
 
@@ -336,7 +341,7 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
         let factor = self.schedule.factor(step - 1);
         let t = self.state.updates as u32 + 1;
         let learning_rate = optimizer.learning_rate * factor;
-        let Trunk { dev, params, grads, moments, spans, adapters, scalars, .. } = trunk;
+        let Trunk { dev, params, grads, moments, spans, adapters, scalars, shard, .. } = trunk;
         match adapters {
             Some(adapters) => {
                 let when = (t, accumulated);
@@ -353,7 +358,10 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
                     spans,
                     learning_rate,
                 };
-                update::<A, B>(dev, optimizer, t, accumulated, group, scalars)?;
+                match shard {
+                    Some(shard) => shard.update(dev, optimizer, t, accumulated, group, scalars)?,
+                    None => update::<A, B>(dev, optimizer, t, accumulated, group, scalars)?,
+                }
             }
         }
         if let Some(own) = self.task.own() {
@@ -398,7 +406,13 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
         let _range = trace::range("checkpoint");
         self.same_weights()?;
         let ranks = self.trunk.ranks.clone();
-        let place = ranks.lead(|| Ok(self.write_checkpoint(step, best)?.into_os_string().into_vec()))?;
+        let trunk = &*self.trunk;
+        let gathered = match &trunk.shard {
+            Some(shard) => shard.gather(&trunk.dev, &trunk.moments)?,
+            None => None,
+        };
+        let place =
+            ranks.lead(|| Ok(self.write_checkpoint(step, best, gathered)?.into_os_string().into_vec()))?;
         self.outcome.published = Some(OsString::from_vec(place).into());
         self.meter.pause();
         Ok(())
@@ -425,7 +439,13 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
             .next("continue from the last checkpoint with --resume, on machines of one kind"))
     }
 
-    fn write_checkpoint(&mut self, step: u64, best: bool) -> Result<PathBuf> {
+    /// `gathered` are the network's moments where they are divided over the ranks.
+    fn write_checkpoint(
+        &mut self,
+        step: u64,
+        best: bool,
+        gathered: Option<[Vec<f32>; 2]>,
+    ) -> Result<PathBuf> {
         let (session, trunk, task) = (&self.session, &mut *self.trunk, &mut *self.task);
         let record = self.state.manifest(&session.identity, trunk.ranks.world());
         let place = session.folder.publish(step, record, |folder| {
@@ -437,7 +457,7 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
                 adapters.save(&trunk.dev, folder)?;
                 lora_file::write(&trunk.dev, folder, adapters, session.start.as_deref())?;
             }
-            save_moments(folder, trunk, task)
+            save_moments(folder, trunk, task, gathered)
         })?;
         if best {
             session.folder.point(Pointer::Best, step)?;
@@ -488,13 +508,17 @@ fn save_moments<B: Backend<A>, A: Act>(
     folder: &Path,
     trunk: &Trunk<B, A>,
     task: &mut dyn Task<B, A>,
+    gathered: Option<[Vec<f32>; 2]>,
 ) -> Result<()> {
-    let own = task.own();
-    let mut moments = vec![(trunk.learner(), &trunk.moments)];
-    if let Some(own) = &own {
-        moments.push((own.name, &*own.moments));
+    let host = |moments: &Moments<B>| -> Result<[Vec<f32>; 2]> {
+        Ok([trunk.dev.download(&moments.m)?, trunk.dev.download(&moments.v)?])
+    };
+    let network = gathered.map_or_else(|| host(&trunk.moments), Ok)?;
+    let mut moments = vec![(trunk.learner(), network)];
+    if let Some(own) = task.own() {
+        moments.push((own.name, host(own.moments)?));
     }
-    write_moments(&trunk.dev, folder, &moments)
+    write_moments(folder, &moments)
 }
 
 /// Loads moments, the stage's own weights and the loop's state from the checkpoint at `place`; the trunk's weights were
@@ -520,11 +544,17 @@ fn restore<B: Backend<A>, A: Act>(
         adapters.restore(&trunk.dev, place)?;
     }
     let own = task.own();
-    let mut moments = vec![(trunk.learner(), &mut trunk.moments)];
+    let (len, learner) = (trunk.params.layout().len(), trunk.learner());
+    let (whole, slice) = match (&trunk.adapters, &trunk.shard) {
+        (Some(adapters), _) => (adapters.layout().len(), 0..adapters.layout().len()),
+        (None, Some(shard)) => (len, shard.own()),
+        (None, None) => (len, 0..len),
+    };
+    let mut moments = vec![(learner, &mut trunk.moments, whole, slice)];
     if let Some(own) = own {
-        moments.push((own.name, own.moments));
+        moments.push((own.name, own.moments, own.len, 0..own.len));
     }
-    read_moments(&trunk.dev, place, &mut moments)?;
+    read_moments(&trunk.dev, place, moments)?;
     sampler.restore(&state.sampler)?;
     Ok(state)
 }

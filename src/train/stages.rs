@@ -229,8 +229,7 @@ fn trunk<B: Backend<A>, A: Act>(
         Some(folder) => checkpoint::load::<B, A>(dev, folder, LoadOptions::default())?.1,
         None => Parameters::random(dev, config, settings.seed)?,
     };
-    let mut trunk = Trunk::new(dev, config, params, opened.corpus.clone(), settings, learns)?;
-    trunk.ranks = ranks.clone();
+    let mut trunk = Trunk::new(dev, config, params, opened.corpus.clone(), settings, ranks, learns)?;
     if let Some(adapters) = &mut trunk.adapters {
         adapters.start(dev, &trunk.params, settings.seed)?;
     }

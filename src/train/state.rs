@@ -5,11 +5,12 @@
 
 use super::optimizer::Moments;
 use crate::corpus::SamplerState;
-use crate::device::{Device, Len};
+use crate::device::Device;
 use crate::error::{Code, Error, Result};
 use crate::model::tensors::{self, Declared, TensorFile};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+use std::ops::Range;
 use std::path::Path;
 
 /// Version of the layout of `state.json` and `state.safetensors`.
@@ -89,35 +90,33 @@ impl LoopState {
     }
 }
 
-/// Writes moments under their names.
-pub fn write_moments<B: Device>(dev: &B, folder: &Path, moments: &[(&str, &Moments<B>)]) -> Result<()> {
+/// Writes moments, first and second, under their names.
+pub fn write_moments(folder: &Path, moments: &[(&str, [Vec<f32>; 2])]) -> Result<()> {
     let mut declared = Vec::new();
-    for (name, moments) in moments {
-        declared.push(Declared::f32(format!("{name}.m"), &[moments.m.len()]));
-        declared.push(Declared::f32(format!("{name}.v"), &[moments.v.len()]));
+    for (name, [m, v]) in moments {
+        declared.push(Declared::f32(format!("{name}.m"), &[m.len()]));
+        declared.push(Declared::f32(format!("{name}.v"), &[v.len()]));
     }
     tensors::write(&folder.join(MOMENTS), &[("format", "pt")], declared, |tensor| {
         let (name, which) = tensor.name.rsplit_once('.').unwrap_or((&tensor.name, ""));
-        let (_, moments) = moments
+        let (_, [m, v]) = moments
             .iter()
             .find(|(n, _)| *n == name)
             .ok_or_else(|| Error::bug("moments without a name").found(&tensor.name))?;
-        let values = dev.download(if which == "m" { &moments.m } else { &moments.v })?;
-        Ok(bytemuck::cast_slice(&values).to_vec())
+        Ok(bytemuck::cast_slice(if which == "m" { m } else { v }).to_vec())
     })
 }
 
-/// Reads them back.
+/// Reads them back: of each name's `len` elements those of the range.
 pub fn read_moments<B: Device>(
     dev: &B,
     folder: &Path,
-    moments: &mut [(&str, &mut Moments<B>)],
+    moments: Vec<(&str, &mut Moments<B>, usize, Range<usize>)>,
 ) -> Result<()> {
     let file = TensorFile::open(&folder.join(MOMENTS))?;
-    for (name, moments) in moments {
-        let len = moments.m.len();
-        dev.write(&mut moments.m, &file.floats(&format!("{name}.m"), &[len])?)?;
-        dev.write(&mut moments.v, &file.floats(&format!("{name}.v"), &[len])?)?;
+    for (name, moments, len, range) in moments {
+        dev.write(&mut moments.m, &file.floats(&format!("{name}.m"), &[len])?[range.clone()])?;
+        dev.write(&mut moments.v, &file.floats(&format!("{name}.v"), &[len])?[range])?;
     }
     Ok(())
 }

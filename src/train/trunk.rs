@@ -6,6 +6,7 @@
 
 use super::lora::{AdapterLayout, Adapters};
 use super::optimizer::{Moments, SLOTS, Span, spans};
+use super::shard::Shard;
 use crate::collective::Collective;
 use crate::config::Settings;
 use crate::corpus::{Batch, BatchOptions, Corpus};
@@ -91,6 +92,8 @@ pub struct Trunk<B: Backend<A>, A: Act> {
     pub corpus: Arc<Corpus>,
     /// The processes that train together; each loads its share of every logical batch.
     pub ranks: Collective,
+    /// This rank's slice of the weights, where it holds the moments of that alone.
+    pub shard: Option<Shard>,
     genes: Vec<u32>,
 }
 
@@ -102,6 +105,7 @@ impl<B: Backend<A>, A: Act> Trunk<B, A> {
         params: Parameters<B, A>,
         corpus: Arc<Corpus>,
         settings: &Settings,
+        ranks: &Collective,
         learns: impl Fn(&Parameter) -> bool,
     ) -> Result<Self> {
         let options = batch_options(config, &corpus, settings)?;
@@ -111,11 +115,16 @@ impl<B: Backend<A>, A: Act> Trunk<B, A> {
         let adapters = adapter_layout(layout, settings, &learns)?
             .map(|layout| Adapters::planned(&mut ledger, layout))
             .transpose()?;
+        let sharded = settings.optimizer.sharded && !ranks.is_single() && adapters.is_none();
+        let shard = sharded.then(|| Shard::of(ranks, layout.len()));
         Ok(Trunk {
             grads: Store::planned(&mut ledger, "gradients", layout)?,
             moments: match &adapters {
                 Some(a) => Moments::planned(&mut ledger, "the adapters", a.layout().len())?,
-                None => Moments::planned(&mut ledger, "the network", layout.len())?,
+                None => {
+                    let len = shard.as_ref().map_or(layout.len(), |shard| shard.own().len());
+                    Moments::planned(&mut ledger, "the network", len)?
+                }
             },
             spans: spans(layout, learns),
             adapters,
@@ -129,7 +138,8 @@ impl<B: Backend<A>, A: Act> Trunk<B, A> {
             params,
             options,
             corpus,
-            ranks: Collective::default(),
+            ranks: ranks.clone(),
+            shard,
             genes: Vec::new(),
         })
     }
