@@ -174,6 +174,7 @@ fn open_draw_resume(folder: &Path, cells: u64) {
             let mut left = n;
             while left > 0 {
                 let step = left.min(other.upcoming().len()).min(999);
+                assert!(step > 0);
                 other.advance(step);
                 left -= step;
             }
@@ -246,6 +247,7 @@ fn a_computed_epoch_is_a_permutation_however_it_is_drawn() {
         while s.epoch() == 2 {
             let n = (1 + stream_block(1, 2, site::BENCH, drawn.len() as u64)[0] as usize % 30_000)
                 .min(s.upcoming().len());
+            assert!(n > 0, "an epoch that is not over shows its next cells");
             drawn.extend_from_slice(&s.upcoming()[..n]);
             s.advance(n);
         }
