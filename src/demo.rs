@@ -280,19 +280,19 @@ fn prepare_folder(out: &Path) -> Result<()> {
         }
     }
     if out.exists() {
-        std::fs::remove_dir_all(out).map_err(|e| Error::io(out, "clear the demo's folder", &e))?;
+        crate::disk::remove_folder(out).map_err(|e| Error::io(out, "clear the demo's folder", &e))?;
     }
     write(&out.join(MARK), b"cellrefine demo clears this folder when it runs again\n")
 }
 
 fn folder_of(path: &Path) -> Result<()> {
     let Some(folder) = path.parent() else { return Ok(()) };
-    std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, "make a folder", &e))
+    crate::disk::create_folders(folder).map_err(|e| Error::io(folder, "make a folder", &e))
 }
 
 fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     folder_of(path)?;
-    std::fs::write(path, bytes).map_err(|e| Error::io(path, "write a file of the demo", &e))
+    crate::disk::replace(path, bytes)
 }
 
 /// Mean and sample standard deviation.

@@ -18,6 +18,7 @@
 //! | [`train`] | steps, schedules, optimiser, run folders, resume |
 //! | [`eval`] | embeddings (`.npy`, Parquet, into a copy of the `.h5ad`), metrics, probes, splits, zero-shot annotation |
 //! | [`report`], [`mod@bench`] | run records; timings against counted floors |
+//! | [`disk`] | durable files: written beside, synced, renamed; faults on purpose |
 //! | [`trace`] | ranges of time for Perfetto and NVTX |
 //! | [`cli`] | one file per command |
 //!
@@ -42,6 +43,7 @@ pub mod cpu;
 pub mod cuda;
 pub mod demo;
 pub mod device;
+pub mod disk;
 pub mod error;
 pub mod eval;
 pub mod export;

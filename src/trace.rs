@@ -4,10 +4,10 @@
 //! on the host: on a GPU, from the first launch that was queued in it to the last; `nsys` puts the device's time beside the NVTX
 //! ranges.
 
+use crate::disk::Pending;
 use crate::error::{Error, Result};
 use std::fmt::Write as _;
-use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -102,8 +102,8 @@ fn thread() -> u32 {
 
 /// A trace being recorded; written when it is finished, or dropped: a run that fails or is interrupted leaves one too.
 pub struct Trace {
-    path: PathBuf,
-    written: bool,
+    /// Until it is written.
+    file: Option<Pending>,
 }
 
 impl Trace {
@@ -112,14 +112,14 @@ impl Trace {
     /// # Errors
     /// The file cannot be written.
     pub fn start(path: &Path) -> Result<Self> {
-        std::fs::write(path, "").map_err(|e| Error::io(path, "write the trace", &e))?;
+        let file = Some(Pending::create(path)?);
         let mut record = record();
         if record.is_some() {
             return Err(Error::bug("a second trace at a time"));
         }
         *record = Some(Record { began: Instant::now(), ranges: Vec::new(), left_out: 0 });
         LISTENERS.fetch_or(RECORDING, Ordering::Relaxed);
-        Ok(Trace { path: path.to_path_buf(), written: false })
+        Ok(Trace { file })
     }
 
     /// Writes the file.
@@ -131,13 +131,9 @@ impl Trace {
     }
 
     fn write(&mut self) -> Result<()> {
-        if std::mem::replace(&mut self.written, true) {
-            return Ok(());
-        }
+        let Some(mut file) = self.file.take() else { return Ok(()) };
         LISTENERS.fetch_and(!RECORDING, Ordering::Relaxed);
         let Some(record) = record().take() else { return Ok(()) };
-        let failed = |e| Error::io(&self.path, "write the trace", &e);
-        let mut file = std::io::BufWriter::new(std::fs::File::create(&self.path).map_err(failed)?);
         let micros = |d: Duration| d.as_nanos() as f64 / 1e3;
         let mut text = format!(
             "{{\"displayTimeUnit\":\"ms\",\"otherData\":{{\"program\":\"cellrefine {}\",\"ranges_left_out\":{}}},\
@@ -156,11 +152,12 @@ impl Trace {
                 micros(r.start),
                 micros(r.length)
             );
-            file.write_all(text.as_bytes()).map_err(failed)?;
+            file.write(text.as_bytes())?;
             text.clear();
         }
         text.push_str("\n]}\n");
-        file.write_all(text.as_bytes()).and_then(|()| file.flush()).map_err(failed)
+        file.write(text.as_bytes())?;
+        file.publish()
     }
 }
 

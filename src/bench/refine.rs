@@ -225,7 +225,7 @@ fn write_markers(folder: &Path, types: usize) -> Result<PathBuf> {
         format!("type{kind}\tmade up\t{}\n", own.join("\t"))
     };
     let text: String = (0..types).map(line).collect();
-    std::fs::write(&path, text).map_err(|e| Error::io(&path, "write the markers", &e))?;
+    crate::disk::replace(&path, text.as_bytes())?;
     Ok(path)
 }
 

@@ -247,7 +247,7 @@ pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
 /// The report, where it is asked for.
 fn write(json: &Value, out: Option<&Path>) -> Result<()> {
     let Some(out) = out else { return Ok(()) };
-    std::fs::write(out, format!("{json:#}\n")).map_err(|e| Error::io(out, "write the report", &e))
+    crate::disk::replace(out, format!("{json:#}\n").as_bytes())
 }
 
 /// Are any lengths named?

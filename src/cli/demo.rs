@@ -3,7 +3,7 @@
 use super::{Global, Output};
 use crate::config::Sources;
 use crate::demo::{Epochs, MEASURES, Options, REPORT, SeedResult, mean_and_spread, run as run_demo, to_json};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use std::fmt::Write;
 use std::path::PathBuf;
 
@@ -45,7 +45,7 @@ pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
         run_demo(&options, |what| global.note(format!("{:4.0} s  {what}", start.elapsed().as_secs_f64())))?;
     let json = to_json(&options, &results);
     let table = options.out.join("table.json");
-    std::fs::write(&table, format!("{json:#}\n")).map_err(|e| Error::io(&table, "write the table", &e))?;
+    crate::disk::replace(&table, format!("{json:#}\n").as_bytes())?;
     Ok(Output { text: text(&options, &results, start.elapsed().as_secs_f64()), json })
 }
 

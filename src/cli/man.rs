@@ -1,6 +1,7 @@
 //! `cellrefine man`: manual pages, one for the program and one a command, generated from the flags themselves.
 
 use super::Output;
+use crate::disk;
 use crate::error::{Error, Result};
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -19,7 +20,7 @@ pub struct Flags {
 
 pub fn run(mut program: clap::Command, flags: &Flags) -> Result<Output> {
     program.build();
-    std::fs::create_dir_all(&flags.out).map_err(|e| Error::io(&flags.out, "make the folder", &e))?;
+    disk::create_folders(&flags.out).map_err(|e| Error::io(&flags.out, "make the folder", &e))?;
     let mut pages = Vec::new();
     page(&program, "cellrefine", &flags.out, &mut pages)?;
     Ok(Output {
@@ -38,8 +39,7 @@ fn page(command: &clap::Command, name: &str, out: &Path, pages: &mut Vec<String>
         .title(name.to_uppercase())
         .render(&mut text)
         .map_err(failed)?;
-    let beside = out.join(format!(".{file}.tmp"));
-    std::fs::write(&beside, &text).and_then(|()| std::fs::rename(&beside, &path)).map_err(failed)?;
+    disk::replace(&path, &text)?;
     pages.push(file);
     let visible = command.get_subcommands().filter(|c| c.get_name() != "help" && !c.is_hide_set());
     for sub in visible {

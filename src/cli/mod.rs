@@ -34,6 +34,7 @@ mod watch;
 pub use progress::Progress;
 
 use crate::backend::Choice;
+use crate::disk::fault;
 use crate::error::{Code, Error, Kind, Result};
 use clap::{Args, Parser, Subcommand};
 use std::io::{IsTerminal, Write};
@@ -249,7 +250,10 @@ pub fn main() -> u8 {
         // Fails only where a pool was already built, which nothing before this line does.
         let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
     }
-    let run = std::panic::AssertUnwindSafe(|| dispatch(&cli.global, &cli.command));
+    let run = std::panic::AssertUnwindSafe(|| {
+        fault::check()?;
+        dispatch(&cli.global, &cli.command)
+    });
     match std::panic::catch_unwind(run).unwrap_or_else(|_| Err(bug_report::panicked())) {
         Ok(output) => {
             let text = if cli.global.json { output.json.to_string() } else { output.text };

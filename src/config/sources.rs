@@ -23,14 +23,16 @@ pub struct Sources {
     pub seed: Option<u64>,
 }
 
-/// Variables that are no settings: flags of the command line, the build's, the emulator's.
-const OTHER_VARIABLES: [&str; 9] = [
+/// Variables that are no settings: flags of the command line, the build's, the emulator's, tests' faults.
+const OTHER_VARIABLES: [&str; 11] = [
     "CELLREFINE_THREADS",
     "CELLREFINE_DEVICE",
     "CELLREFINE_SEED",
     "CELLREFINE_CUDA_ARCHS",
     "CELLREFINE_COMMIT",
     "CELLREFINE_LAUNCHED",
+    crate::disk::fault::VARIABLE,
+    crate::disk::fault::RECORD,
     "CELLREFINE_EMULATOR_SCHEDULE",
     "CELLREFINE_EMULATOR_LIBRARY",
     "CELLREFINE_EMULATOR_MEMORY",

@@ -7,10 +7,10 @@ use super::format::*;
 use super::part::PartRecord;
 use super::partial_folder::PartialFolder;
 use super::reader::Corpus;
+use crate::disk;
 use crate::error::{Code, Error, Result};
 use serde_json::json;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 /// Merges `inputs`, in order, into a new corpus at `out`; `progress` is called per shard.
@@ -51,7 +51,8 @@ pub fn merge(inputs: &[PathBuf], out: &Path, progress: &dyn Fn(u64)) -> Result<M
             }
             let file = shard_name(shards.len());
             let target = folder.path.join(&file);
-            link(&source, &target).map_err(|e| folder.failed("link a shard into the merged corpus", &e))?;
+            disk::link(&source, &target)
+                .map_err(|e| folder.failed("link a shard into the merged corpus", &e))?;
             shards.push(ShardEntry { file, ..entry.clone() });
             progress(1);
         }
@@ -182,14 +183,6 @@ fn fits(first: &Corpus, other: &Corpus) -> Result<()> {
     };
     if list(a) != list(b) {
         return refuse("the corpora have different obs columns", list(b), list(a));
-    }
-    Ok(())
-}
-
-fn link(source: &Path, target: &Path) -> std::io::Result<()> {
-    if fs::hard_link(source, target).is_err() {
-        fs::copy(source, target)?;
-        File::open(target)?.sync_all()?;
     }
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! The hidden folder that becomes a corpus: locked against a second writer, renamed to its final name when all is on the disk, removed
 //! when it is not.
 
+use crate::disk::{self, Output};
 use crate::error::{Code, Error, Kind, Result};
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
@@ -31,7 +32,7 @@ impl PartialFolder {
                 .next("choose another --out, or remove it first"));
         }
         let path = target.with_file_name(format!(".{}.partial", name.to_string_lossy()));
-        if let Err(e) = fs::create_dir(&path)
+        if let Err(e) = disk::create_folder(&path)
             && e.kind() != std::io::ErrorKind::AlreadyExists
         {
             return Err(Error::io(&path, "create the folder of the corpus", &e)
@@ -58,7 +59,7 @@ impl PartialFolder {
         for entry in fs::read_dir(&path).map_err(io)? {
             let entry = entry.map_err(io)?;
             if entry.file_name() != LOCK {
-                fs::remove_file(entry.path()).map_err(io)?;
+                disk::remove_file(&entry.path()).map_err(io)?;
             }
         }
         lock.set_len(0).map_err(io)?;
@@ -69,9 +70,9 @@ impl PartialFolder {
     /// Writes a small file and flushes it to the disk.
     pub fn write_file(&self, name: &str, bytes: &[u8]) -> Result<()> {
         let write = || {
-            let mut file = File::create(self.path.join(name))?;
+            let mut file = Output::create(&self.path.join(name))?;
             file.write_all(bytes)?;
-            file.sync_all()
+            file.sync()
         };
         write().map_err(|e| self.failed(&format!("write {name}"), &e))
     }
@@ -89,15 +90,11 @@ impl PartialFolder {
     pub fn publish(mut self) -> Result<()> {
         let run = || {
             for name in ["gene.spool", "value.spool", LOCK] {
-                match fs::remove_file(self.path.join(name)) {
-                    Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
-                    _ => {}
-                }
+                disk::remove_file(&self.path.join(name))?;
             }
-            File::open(&self.path)?.sync_all()?;
-            fs::rename(&self.path, &self.target)?;
-            let parent = self.target.parent().filter(|p| !p.as_os_str().is_empty());
-            File::open(parent.unwrap_or(Path::new(".")))?.sync_all()
+            disk::sync_folder(&self.path)?;
+            disk::rename(&self.path, &self.target)?;
+            disk::sync_folder(disk::parent(&self.target))
         };
         run().map_err(|e| self.failed("publish the corpus under its final name", &e))?;
         self.published = true;
@@ -108,7 +105,7 @@ impl PartialFolder {
 impl Drop for PartialFolder {
     fn drop(&mut self) {
         if !self.published {
-            let _ = fs::remove_dir_all(&self.path);
+            let _ = disk::remove_folder(&self.path);
         }
     }
 }

@@ -12,6 +12,7 @@ use super::labels::unknown_value;
 use super::reader::Corpus;
 use super::strata::{choose_labelled, divide, included, refuse_single_cells, strata};
 pub use super::training_cells::TrainingCells;
+use crate::disk;
 use crate::error::{Code, Error, Result};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -285,7 +286,7 @@ impl Split {
         for (cells, name) in [(&self.train, "train"), (&self.val, "val"), (&self.test, "test")] {
             cells.iter().for_each(|&c| part[c as usize] = name);
         }
-        let mut out = std::io::BufWriter::new(std::fs::File::create(path).map_err(io)?);
+        let mut out = disk::Pending::create(path)?;
         writeln!(out, "cell_id\tpart\tlabel").map_err(io)?;
         for (cell, part) in part.into_iter().enumerate().filter(|(_, p)| !p.is_empty()) {
             let hidden = part == "train" && self.labelled.binary_search(&(cell as u32)).is_err();
@@ -293,7 +294,7 @@ impl Split {
             let label = class.and_then(|l| l.class(cell).map(|k| l.classes[k].as_str())).unwrap_or("");
             writeln!(out, "{}\t{part}\t{label}", corpus.cell_id(cell)?).map_err(io)?;
         }
-        out.flush().map_err(io)
+        out.publish()
     }
 }
 

@@ -2,21 +2,20 @@
 
 use super::format::*;
 use super::partial_folder::PartialFolder;
+use crate::disk::Output;
 use crate::error::Result;
 use sha2::{Digest, Sha256};
-use std::fs::{File, OpenOptions};
 use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
 /// A temporary file for one stream of the open shard.
 #[derive(Debug)]
-pub(super) struct Spool(BufWriter<File>);
+pub(super) struct Spool(BufWriter<Output>);
 
 impl Spool {
     pub fn create(folder: &PartialFolder, name: &str) -> Result<Self> {
         let path = folder.path.join(name);
-        let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path);
-        let file = file.map_err(|e| folder.failed("create a spool file", &e))?;
+        let file = Output::create_new(&path).map_err(|e| folder.failed("create a spool file", &e))?;
         Ok(Spool(BufWriter::with_capacity(1 << 20, file)))
     }
 
@@ -50,7 +49,7 @@ pub(super) struct Sums {
 
 /// Writes a shard while summing it: SHA-256 of all, a CRC per payload block, one CRC for the rest.
 pub(super) struct SummingWriter {
-    file: BufWriter<File>,
+    file: BufWriter<Output>,
     sha: Sha256,
     bytes: u64,
     frame: u32,
@@ -61,8 +60,7 @@ pub(super) struct SummingWriter {
 
 impl SummingWriter {
     pub fn create(path: &Path) -> std::io::Result<Self> {
-        let file = OpenOptions::new().write(true).create_new(true).open(path)?;
-        let file = BufWriter::with_capacity(1 << 20, file);
+        let file = BufWriter::with_capacity(1 << 20, Output::create_new(path)?);
         Ok(SummingWriter {
             file,
             sha: Sha256::new(),
@@ -100,7 +98,7 @@ impl SummingWriter {
         self.write(bytes)
     }
 
-    pub fn finish(mut self) -> std::io::Result<(File, Sums)> {
+    pub fn finish(mut self) -> std::io::Result<(Output, Sums)> {
         let table = std::mem::take(&mut self.blocks);
         self.frame(bytemuck::cast_slice(&table))?;
         let sums = Sums { bytes: self.bytes, sha256: hex(&self.sha.finalize()), frame_crc32c: self.frame };

@@ -8,11 +8,11 @@
 use super::format::*;
 use super::partial_folder::PartialFolder;
 use super::spool::{Spool, SummingWriter, Sums};
+use crate::disk::Output;
 use crate::error::{Code, Error, Result};
 use half::f16;
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fs::File;
 use std::path::Path;
 
 /// An obs column to store.
@@ -334,7 +334,7 @@ impl OpenShard {
         let metadata = ShardMetadata { vocab_digest: options.vocab.digest.clone(), categories };
 
         let path = folder.path.join(&file);
-        let mut assemble = || -> std::io::Result<(File, Sums)> {
+        let mut assemble = || -> std::io::Result<(Output, Sums)> {
             let mut out = SummingWriter::create(&path)?;
             out.frame(&shard_header(&metadata, &specs))?;
             out.payload(bytemuck::cast_slice(&self.cell_start))?;
@@ -358,7 +358,7 @@ impl OpenShard {
             out.finish()
         };
         let (written, sums) = assemble().map_err(|e| folder.failed("write a shard", &e))?;
-        written.sync_all().map_err(|e| folder.failed("flush a shard to the disk", &e))?;
+        written.sync().map_err(|e| folder.failed("flush a shard to the disk", &e))?;
 
         self.cell_start.truncate(1);
         self.cell_id_start.truncate(1);

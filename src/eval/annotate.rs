@@ -7,11 +7,11 @@
 
 use super::embed::{EmbedOptions, Embedder};
 use super::labeller::{Labeller, Scores};
-use super::pending::Pending;
 use super::request::MarkerChoice;
 use super::zero_shot::{Evidence, top};
 use crate::corpus::Corpus;
 use crate::device::Act;
+use crate::disk::Pending;
 use crate::error::{Code, Error, Result};
 use crate::objective::PrototypeMode;
 use crate::ops::Backend;

@@ -19,7 +19,6 @@ pub mod metrics;
 pub mod mixing;
 pub mod npy;
 pub mod parquet;
-mod pending;
 pub mod perturb;
 pub mod probe;
 mod prototypes;

@@ -7,7 +7,7 @@
 //! Rows are appended as they come, so memory does not grow with the cells; the file gets its name only when the last row
 //! and an fsync are behind it. Cell ids go to a text file beside it, one a line, in the same order.
 
-use super::pending::Pending;
+use crate::disk::Pending;
 use crate::error::{Code, Error, Result};
 use std::fs::File;
 use std::io::Read;

@@ -7,8 +7,8 @@
 //! The origin stands in the file's key-value metadata, each key with `cellrefine.` in front.
 
 use super::npy::check_finite;
-use super::pending::Pending;
 use super::provenance::Provenance;
+use crate::disk::Pending;
 use crate::error::{Code, Error, Result};
 use arrow_array::{ArrayRef, FixedSizeListArray, Float32Array, RecordBatch, StringArray};
 use arrow_schema::{DataType, Field, Schema};

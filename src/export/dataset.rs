@@ -6,10 +6,11 @@
 //! cells. Record batches of 1,000 cells are written one by one, so memory does not grow with the corpus.
 
 use crate::corpus::{Corpus, ObsKind};
+use crate::disk::{Output, write_synced};
 use crate::error::{Code, Error, Result};
 use crate::genes::Vocab;
 use crate::import::hf_dataset::VOCABULARY_KEY;
-use crate::model::checkpoint::{publish, write_synced};
+use crate::model::checkpoint::publish;
 use arrow_array::builder::{Float32Builder, Float64Builder, Int64Builder, ListBuilder, StringBuilder};
 use arrow_array::{ArrayRef, RecordBatch};
 use arrow_ipc::writer::StreamWriter;
@@ -17,7 +18,6 @@ use arrow_schema::{DataType, Field, Schema};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
-use std::fs::File;
 use std::io::BufWriter;
 use std::ops::Range;
 use std::path::Path;
@@ -103,7 +103,7 @@ pub fn export(
             let failed = |e: arrow_schema::ArrowError| {
                 Error::new(Code::WriteFailed, "cannot write the data set").at(path.display()).found(e)
             };
-            let file = File::create(&path).map_err(|e| Error::io(&path, "write the data set", &e))?;
+            let file = Output::create(&path).map_err(|e| Error::io(&path, "write the data set", &e))?;
             let mut writer =
                 StreamWriter::try_new(BufWriter::with_capacity(1 << 20, file), &schema).map_err(failed)?;
             let mut start = cells.start;
@@ -126,7 +126,7 @@ pub fn export(
             writer.finish().map_err(failed)?;
             let file = writer.into_inner().map_err(failed)?.into_inner();
             let file = file.map_err(|e| Error::io(&path, "write the data set", &e.into_error()))?;
-            file.sync_all().map_err(|e| Error::io(&path, "write the data set", &e))?;
+            file.sync().map_err(|e| Error::io(&path, "write the data set", &e))?;
         }
         let info = json!({"citation": "", "description": "", "features": features(&schema), "homepage": "", "license": ""});
         write_synced(&folder.join("dataset_info.json"), format!("{info:#}\n").as_bytes())?;

@@ -10,10 +10,11 @@
 //! | `markers.gmt` | the marker sets of the prototypes, where they are given |
 
 use super::pickle::{Number, dictionary};
+use crate::disk::write_synced;
 use crate::error::{Code, Error, Result};
 use crate::genes::markers_file::MarkerFile;
 use crate::genes::vocab::{Vocab, is_special};
-use crate::model::checkpoint::{CONFIG, ModelTensors, VOCABULARY, WEIGHTS, publish, resolve, write_synced};
+use crate::model::checkpoint::{CONFIG, ModelTensors, VOCABULARY, WEIGHTS, publish, resolve};
 use crate::model::tensors::write;
 use crate::objective::prototype_file::{PROTOTYPES, StoredPrototypes};
 use serde_json::json;

@@ -7,9 +7,9 @@
 
 use super::markers_file::RawSets;
 use super::vocab::Vocab;
+use crate::disk;
 use crate::error::{Code, Error, Result};
 use std::collections::{BTreeSet, HashMap};
-use std::io::Write;
 use std::path::Path;
 
 /// One set per type k. Genes by falling weight, equal weights by token.
@@ -116,26 +116,8 @@ impl MarkerSets {
             }
             text.push('\n');
         }
-        write_atomically(path, text.as_bytes())
+        disk::replace(path, text.as_bytes())
     }
-}
-
-/// Temporary file beside the target, flushed, then renamed.
-fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
-    let name = path
-        .file_name()
-        .ok_or_else(|| Error::new(Code::OutputName, "the output is not a file name").at(path.display()))?;
-    let temporary = path.with_file_name(format!(".{}.{}.tmp", name.to_string_lossy(), std::process::id()));
-    let write = || {
-        let mut file = std::fs::File::create(&temporary)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        std::fs::rename(&temporary, path)
-    };
-    write().map_err(|e| {
-        let _ = std::fs::remove_file(&temporary);
-        Error::io(path, "write the marker file", &e)
-    })
 }
 
 impl RawSets {

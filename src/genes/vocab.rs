@@ -12,11 +12,11 @@
 //! bits of the medians, because a checkpoint depends on these; it leaves symbols out, so that adding symbols to a vocabulary
 //! keeps old checkpoints and corpora usable. Names in angle brackets are special tokens; `<pad>` and `<mask>` must exist.
 
+use crate::disk;
 use crate::error::{Code, Error, Result};
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::fmt::Write as _;
-use std::io::Write as _;
 use std::path::Path;
 
 const SCHEMA: &str = "# cellrefine-vocabulary 1";
@@ -357,27 +357,7 @@ impl Vocab {
 
     /// Writes `V.tsv` so that a reader sees the old file or the whole new one: temporary file, fsync, rename.
     pub fn save(&self, path: impl AsRef<Path>, notes: &[String]) -> Result<()> {
-        let path = path.as_ref();
-        let Some(name) = path.file_name() else {
-            return Err(Error::new(Code::OutputName, "the output is not a file name").at(path.display()));
-        };
-        let mut temporary = name.to_os_string();
-        temporary.push(format!(".{}.tmp", std::process::id()));
-        let temporary = path.with_file_name(temporary);
-        let write = || -> std::io::Result<()> {
-            let mut file = std::fs::File::create(&temporary)?;
-            file.write_all(self.to_tsv(notes).as_bytes())?;
-            file.sync_all()?;
-            std::fs::rename(&temporary, path)?;
-            match path.parent().filter(|p| !p.as_os_str().is_empty()) {
-                Some(folder) => std::fs::File::open(folder)?.sync_all(),
-                None => std::fs::File::open(".")?.sync_all(),
-            }
-        };
-        write().map_err(|e| {
-            let _ = std::fs::remove_file(&temporary);
-            Error::io(path, "write the vocabulary", &e)
-        })
+        disk::replace(path.as_ref(), self.to_tsv(notes).as_bytes())
     }
 }
 

@@ -14,11 +14,11 @@ pub use super::weight_files::WEIGHTS;
 use super::weight_files::WeightFiles;
 use super::weights::{Classification, Classifier, Network, Parameter, Parts};
 use crate::device::{Act, Device};
+use crate::disk::{self, write_synced};
 use crate::error::{Code, Error, Result};
 use crate::ops::adamw::AdamW;
 use serde_json::{Value, json};
-use std::fs::{self, File};
-use std::io::Write as _;
+use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Name of the settings in a folder.
@@ -109,54 +109,21 @@ pub fn pointed(run: &Path, pointer: Pointer) -> Result<Option<PathBuf>> {
 
 /// Points a run at one of its checkpoints (`name` is a folder under `checkpoints/`), atomically.
 pub fn point(run: &Path, pointer: Pointer, name: &str) -> Result<()> {
-    let (temporary, file) = (run.join(format!(".{}.tmp", pointer.file())), run.join(pointer.file()));
-    write_synced(&temporary, format!("{name}\n").as_bytes())?;
-    fs::rename(&temporary, &file).map_err(|e| Error::io(&file, "publish the pointer", &e))?;
-    sync_folder(run)
+    disk::replace(&run.join(pointer.file()), format!("{name}\n").as_bytes())
 }
 
 /// Writes a folder through `fill` under a temporary name beside `folder`, syncs it and renames it. An older `folder` is
 /// replaced; after a failure it is still there and the temporary one is gone.
 pub fn publish(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    let io = |doing: &'static str| move |e: std::io::Error| Error::io(folder, doing, &e);
-    let name = folder.file_name().and_then(|n| n.to_str()).ok_or_else(|| {
-        Error::new(Code::OutputName, "a checkpoint needs a folder name").found(folder.display())
-    })?;
-    let parent = folder.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    fs::create_dir_all(parent).map_err(io("create the folder"))?;
-    let beside = |suffix: &str| parent.join(format!(".{name}.{suffix}-{}", std::process::id()));
-    let (temporary, old) = (beside("tmp"), beside("old"));
-    let _ = fs::remove_dir_all(&temporary);
-    fs::create_dir(&temporary).map_err(io("create the folder"))?;
-    let swap = || -> Result<()> {
-        fill(&temporary)?;
-        sync_folder(&temporary)?;
-        if folder.exists() {
-            fs::rename(folder, &old).map_err(io("move the older folder aside"))?;
-        }
-        fs::rename(&temporary, folder).map_err(|e| {
-            let _ = fs::rename(&old, folder);
-            io("publish the folder")(e)
-        })
-    };
-    if let Err(e) = swap() {
-        let _ = fs::remove_dir_all(&temporary);
-        return Err(e);
+    let failed = |e: std::io::Error| Error::io(folder, "create the folder", &e);
+    let temporary = disk::beside(folder, &format!("{}.tmp", std::process::id()))?;
+    disk::create_folders(disk::parent(folder)).map_err(failed)?;
+    disk::remove_folder(&temporary).and_then(|()| disk::create_folder(&temporary)).map_err(failed)?;
+    let done = fill(&temporary).and_then(|()| disk::publish_folder(&temporary, folder));
+    if done.is_err() {
+        let _ = disk::remove_folder(&temporary);
     }
-    let _ = fs::remove_dir_all(&old);
-    sync_folder(parent)
-}
-
-/// Writes and syncs one small file.
-pub fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
-    let io = |e: std::io::Error| Error::io(path, "write", &e);
-    let mut file = File::create(path).map_err(io)?;
-    file.write_all(bytes).map_err(io)?;
-    file.sync_all().map_err(io)
-}
-
-fn sync_folder(folder: &Path) -> Result<()> {
-    File::open(folder).and_then(|f| f.sync_all()).map_err(|e| Error::io(folder, "sync the folder", &e))
+    done
 }
 
 /// Writes `config.json`, `model.safetensors` and, where its bytes are given, `vocab.tsv` into an existing folder: the body of

@@ -1,6 +1,7 @@
 //! Safetensors files: named tensors after a JSON header. Read with every offset checked before any allocation, a tensor at a
 //! time; written a tensor at a time, byte for byte as the reference writer would (largest types first, then by name).
 
+use crate::disk::Output;
 use crate::error::{Code, Error, Result, nearest};
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
@@ -191,7 +192,7 @@ pub fn write(
 ) -> Result<()> {
     let io = |e: std::io::Error| Error::io(path, "write the tensors", &e);
     let header = header(&mut tensors, metadata)?;
-    let mut out = BufWriter::with_capacity(1 << 20, File::create(path).map_err(io)?);
+    let mut out = BufWriter::with_capacity(1 << 20, Output::create(path).map_err(io)?);
     out.write_all(&header).map_err(io)?;
     for tensor in &tensors {
         let bytes = fill(tensor)?;
@@ -203,7 +204,7 @@ pub fn write(
         out.write_all(&bytes).map_err(io)?;
     }
     let file = out.into_inner().map_err(|e| io(e.into_error()))?;
-    file.sync_all().map_err(io)
+    file.sync().map_err(io)
 }
 
 #[cfg(test)]

@@ -3,10 +3,9 @@
 //! A run that resumes from step N drops the lines after step N first: they belong to steps that will be made again.
 //! A torn last line (the machine went down in the middle of a write) is dropped with them.
 
+use crate::disk::{self, Output};
 use crate::error::{Error, Result};
 use serde_json::Value;
-use std::fs::File;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// Fields of a record that are no term of the loss; measures on validation cells begin with `val_`.
@@ -33,7 +32,7 @@ pub const NOT_TERMS: [&str; 17] = [
 /// An open `metrics.jsonl`.
 #[derive(Debug)]
 pub struct JsonLines {
-    file: File,
+    file: Output,
     path: PathBuf,
 }
 
@@ -46,15 +45,9 @@ impl JsonLines {
                 .filter(|line| line["step"].as_u64().is_none_or(|step| step <= last_step))
                 .map(|line| format!("{line}\n"))
                 .collect();
-            let partial = path.with_extension("jsonl.tmp");
-            std::fs::write(&partial, kept).map_err(|e| Error::io(&partial, "rewrite the run record", &e))?;
-            std::fs::rename(&partial, path).map_err(|e| Error::io(path, "rewrite the run record", &e))?;
+            disk::replace(path, kept.as_bytes())?;
         }
-        let file = File::options()
-            .create(true)
-            .append(true)
-            .open(path)
-            .map_err(|e| Error::io(path, "open the run record", &e))?;
+        let file = Output::append(path).map_err(|e| Error::io(path, "open the run record", &e))?;
         Ok(JsonLines { file, path: path.to_path_buf() })
     }
 
@@ -62,7 +55,7 @@ impl JsonLines {
     pub fn write(&mut self, object: &Value) -> Result<()> {
         let mut line = object.to_string();
         line.push('\n');
-        self.file.write_all(line.as_bytes()).map_err(|e| Error::io(&self.path, "write the run record", &e))
+        self.file.append_whole(line.as_bytes()).map_err(|e| Error::io(&self.path, "write the run record", &e))
     }
 }
 

@@ -17,11 +17,11 @@ use super::provenance::provenance;
 use super::run::Run;
 use super::scores::{Scores, classes};
 use crate::device::Act;
+use crate::disk;
 use crate::error::{Code, Error, Result};
 use crate::eval::rows::Rows;
 use crate::eval::zero_shot::cosines;
 use crate::ops::Backend;
-use crate::train::folder::write_atomically;
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -56,7 +56,7 @@ pub fn write<B: Backend<A>, A: Act>(
     }
     let measures = measure::<B, A>(dev, runs, options, say)?;
     let html = page(runs, &measures, beside, options, say)?;
-    write_atomically(out, html.as_bytes())?;
+    disk::replace(out, html.as_bytes())?;
     Ok(measures)
 }
 

@@ -5,7 +5,8 @@
 //! ```
 //! The file is replaced by rename, so a scrape never meets half of it; no samples carry a timestamp, which the collector refuses.
 
-use crate::error::{Error, Result};
+use crate::disk;
+use crate::error::Result;
 use serde_json::Value;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -53,11 +54,7 @@ impl PromFile {
     /// # Errors
     /// The file cannot be written.
     pub fn write(&self, record: &Value, terms: &[(&str, f64)]) -> Result<()> {
-        let partial = self.path.with_file_name(format!(".{FILE}.partial"));
-        std::fs::write(&partial, self.text(record, terms))
-            .map_err(|e| Error::io(&partial, "write the Prometheus metrics", &e))?;
-        std::fs::rename(&partial, &self.path)
-            .map_err(|e| Error::io(&self.path, "publish the Prometheus metrics", &e))
+        disk::replace_unsynced(&self.path, self.text(record, terms).as_bytes())
     }
 
     fn text(&self, record: &Value, terms: &[(&str, f64)]) -> String {
@@ -140,7 +137,7 @@ mod tests {
         assert!(
             !text.contains("epochs")
                 && text.ends_with('\n')
-                && !folder.join(".metrics.prom.partial").exists()
+                && std::fs::read_dir(&folder).unwrap().count() == 2
         );
         // Each family once, its HELP before its TYPE before its samples.
         let helps: Vec<&str> = text.lines().filter(|l| l.starts_with("# HELP")).collect();

@@ -8,16 +8,15 @@
 //! ```
 //! A resumed run opens a new file whose session START at step N makes TensorBoard drop what an earlier file holds beyond N.
 
+use crate::disk::Output;
 use crate::error::{Error, Result};
-use std::fs::File;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// An open event file.
 #[derive(Debug)]
 pub struct EventFile {
-    file: File,
+    file: Output,
     path: PathBuf,
 }
 
@@ -37,11 +36,7 @@ impl EventFile {
         let host = if host.trim().is_empty() { "localhost" } else { host.trim() };
         let name = format!("events.out.tfevents.{}.{host}.{}.{resumed_step}", now as u64, std::process::id());
         let path = folder.join(name);
-        let file = File::options()
-            .create(true)
-            .append(true)
-            .open(&path)
-            .map_err(|e| Error::io(&path, "create the event file", &e))?;
+        let file = Output::append(&path).map_err(|e| Error::io(&path, "create the event file", &e))?;
         let mut events = EventFile { file, path };
         events.append(&version(now))?;
         if resumed_step > 0 {
@@ -61,7 +56,9 @@ impl EventFile {
     }
 
     fn append(&mut self, payload: &[u8]) -> Result<()> {
-        self.file.write_all(&framed(payload)).map_err(|e| Error::io(&self.path, "write the event file", &e))
+        self.file
+            .append_whole(&framed(payload))
+            .map_err(|e| Error::io(&self.path, "write the event file", &e))
     }
 }
 

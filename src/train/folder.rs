@@ -5,8 +5,9 @@
 //! loss at any moment leaves the ones before it. `best` and `last` hold a checkpoint's name and are replaced by rename; they are
 //! a convenience, never believed without the manifest behind them.
 
+use crate::disk;
 use crate::error::{Code, Error, Result};
-use crate::model::checkpoint::{self, Pointer, write_synced};
+use crate::model::checkpoint::{self, Pointer};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::fs::{self, File};
@@ -28,7 +29,7 @@ pub struct RunFolder {
 impl RunFolder {
     /// Opens or creates `root` and locks it. A second writer is refused (exit 4) with the holder's process id.
     pub fn open(root: &Path) -> Result<RunFolder> {
-        fs::create_dir_all(root.join("checkpoints"))
+        disk::create_folders(&root.join("checkpoints"))
             .map_err(|e| Error::io(root, "create the run folder", &e))?;
         let path = root.join(".lock");
         let mut lock = File::options()
@@ -50,6 +51,7 @@ impl RunFolder {
         let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
         let _ = lock.set_len(0);
         let _ = writeln!(lock, "process {} on {}", std::process::id(), host.trim());
+        sweep(&root.join("checkpoints"))?;
         Ok(RunFolder { root: root.to_path_buf(), _lock: Some(lock) })
     }
 
@@ -74,16 +76,15 @@ impl RunFolder {
         let parent = self.root.join("checkpoints");
         let place = parent.join(format!("step-{step}"));
         let partial = parent.join(format!(".step-{step}.partial"));
-        remove(&partial)?;
-        fs::create_dir(&partial).map_err(|e| Error::io(&partial, "create the checkpoint", &e))?;
-        let written = write(&partial).and_then(|()| seal(&partial, record)).and_then(|()| {
-            // Only a checkpoint of this very step can be in the way: made before a resume from an older one.
-            remove(&place)?;
-            fs::rename(&partial, &place).map_err(|e| Error::io(&place, "publish the checkpoint", &e))?;
-            sync(&parent)
-        });
+        disk::remove_folder(&partial)
+            .and_then(|()| disk::create_folder(&partial))
+            .map_err(|e| Error::io(&partial, "create the checkpoint", &e))?;
+        // Only a checkpoint of this very step can be in the way: made before a resume from an older one.
+        let written = write(&partial)
+            .and_then(|()| seal(&partial, record))
+            .and_then(|()| disk::publish_folder(&partial, &place));
         if let Err(e) = written {
-            let _ = fs::remove_dir_all(&partial);
+            let _ = disk::remove_folder(&partial);
             return Err(e);
         }
         verify(&place)?;
@@ -100,7 +101,7 @@ impl RunFolder {
     pub fn prune(&self, keep: usize, best: Option<u64>) -> Result<()> {
         for (step, place) in checkpoints(&self.root)?.into_iter().skip(keep.max(1)) {
             if Some(step) != best {
-                remove(&place)?;
+                disk::discard_folder(&place)?;
             }
         }
         Ok(())
@@ -109,10 +110,11 @@ impl RunFolder {
     /// Forgets pointers and checkpoints: a run that starts afresh in a folder without a usable checkpoint.
     pub fn clear(&self) -> Result<()> {
         for name in ["best", "last", "metrics.jsonl", "metrics.prom"] {
-            let _ = fs::remove_file(self.root.join(name));
+            let _ = disk::remove_file(&self.root.join(name));
         }
-        remove(&self.root.join("checkpoints"))?;
-        fs::create_dir_all(self.root.join("checkpoints"))
+        let parent = self.root.join("checkpoints");
+        disk::remove_folder(&parent)
+            .and_then(|()| disk::create_folders(&parent))
             .map_err(|e| Error::io(&self.root, "create the run folder", &e))
     }
 }
@@ -173,28 +175,27 @@ pub fn read_manifest(place: &Path) -> Result<Value> {
     })
 }
 
-/// Syncs every file of `folder`, writes its manifest, syncs that and the folder.
+/// Writes the manifest of `folder`, all of whose files are synced already, and syncs it and the folders between.
 fn seal(folder: &Path, mut record: Value) -> Result<()> {
     let mut files = serde_json::Map::new();
     for path in files_below(folder)? {
-        sync(&path)?;
         let bytes = fs::metadata(&path).map_err(|e| Error::io(&path, "read", &e))?.len();
         let name = path.strip_prefix(folder).unwrap_or(&path).to_string_lossy().into_owned();
         files.insert(name, serde_json::json!({"bytes": bytes, "sha256": sha256(&path)?}));
     }
     record["files"] = Value::Object(files);
-    write_synced(&folder.join(MANIFEST), format!("{record:#}\n").as_bytes())?;
-    sync(folder)
+    disk::write_synced(&folder.join(MANIFEST), format!("{record:#}\n").as_bytes())
 }
 
 /// All files in and below `folder`, sorted; the folders between are synced.
 fn files_below(folder: &Path) -> Result<Vec<PathBuf>> {
+    let failed = |e: std::io::Error| Error::io(folder, "list the checkpoint", &e);
     let mut files = Vec::new();
-    for entry in fs::read_dir(folder).map_err(|e| Error::io(folder, "list the checkpoint", &e))? {
-        let path = entry.map_err(|e| Error::io(folder, "list the checkpoint", &e))?.path();
+    for entry in fs::read_dir(folder).map_err(failed)? {
+        let path = entry.map_err(failed)?.path();
         if path.is_dir() {
             files.extend(files_below(&path)?);
-            sync(&path)?;
+            disk::sync_folder(&path).map_err(failed)?;
         } else {
             files.push(path);
         }
@@ -203,26 +204,23 @@ fn files_below(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// Writes `path` by temporary file, sync and rename.
-pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let partial = path.with_file_name(format!(".{name}.partial"));
-    write_synced(&partial, bytes)?;
-    fs::rename(&partial, path).map_err(|e| Error::io(path, "publish", &e))?;
-    // The folder of a bare name is the current one.
-    sync(path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")))
-}
-
-/// Syncs a file or a folder.
-fn sync(path: &Path) -> Result<()> {
-    File::open(path).and_then(|file| file.sync_all()).map_err(|e| Error::io(path, "sync", &e))
-}
-
-fn remove(folder: &Path) -> Result<()> {
-    match fs::remove_dir_all(folder) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(folder, "remove", &e)),
-        _ => Ok(()),
+/// Removes what a killed run left half-written or half-removed: the hidden folders among the checkpoints.
+fn sweep(checkpoints: &Path) -> Result<()> {
+    let failed = |e: std::io::Error| Error::io(checkpoints, "clear what a killed run left", &e);
+    for entry in fs::read_dir(checkpoints).map_err(failed)? {
+        let path = entry.map_err(failed)?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let step = |end| name.strip_prefix(".step-").and_then(|rest| rest.strip_suffix(end));
+        let Some(step) = step(".partial").or_else(|| step(".old")) else { continue };
+        let place = checkpoints.join(format!("step-{step}"));
+        // Killed between two renames: the older checkpoint of this step stands aside, and nothing in its place.
+        if name.ends_with(".old") && !place.exists() && verify(&path).is_ok() {
+            disk::rename(&path, &place).map_err(failed)?;
+        } else {
+            disk::remove_folder(&path).map_err(failed)?;
+        }
     }
+    Ok(())
 }
 
 /// SHA-256 of a file, hexadecimal.

@@ -1,12 +1,13 @@
 //! What every stage opens first: corpus, vocabulary, checkpoint, split, run folder; and how an older run lends its split.
 
-use super::folder::{RunFolder, checkpoints, sha256_of, verify, write_atomically};
+use super::folder::{RunFolder, checkpoints, sha256_of, verify};
 use super::observer::Observer;
 use crate::backend::Choice;
 use crate::collective::Collective;
 use crate::config::{Settings, Sources, Stage};
 use crate::corpus::splits::{SplitRecord, SplitRule};
 use crate::corpus::{Corpus, Split, SplitSpec};
+use crate::disk;
 use crate::error::{Code, Error, Result};
 use crate::genes::Vocab;
 use crate::genes::markers_file::RawSets;
@@ -165,10 +166,10 @@ impl Opened {
             folder.clear()?;
             let text =
                 toml::to_string_pretty(&self.settings).map_err(|e| Error::bug(format!("settings: {e}")))?;
-            write_atomically(&out.join(SETTINGS), text.as_bytes())?;
+            disk::replace(&out.join(SETTINGS), text.as_bytes())?;
             let record =
                 serde_json::to_string_pretty(&self.split.record()).map_err(|e| Error::bug(e.to_string()))?;
-            write_atomically(&out.join(SPLIT), format!("{record}\n").as_bytes())?;
+            disk::replace(&out.join(SPLIT), format!("{record}\n").as_bytes())?;
             self.split.write_tsv(&self.corpus, &out.join("split.tsv"))?;
         }
         Ok(folder)
@@ -194,7 +195,7 @@ impl Opened {
         let record = json!({"stage": stage, "version": env!("CARGO_PKG_VERSION"), "corpus": inputs.corpus,
             "checkpoint": inputs.checkpoint, "preset": inputs.preset, "device": inputs.device.to_string(), "label": self.split.spec.label,
             "inputs": identity});
-        write_atomically(&inputs.out.join(RUN), format!("{record:#}\n").as_bytes())
+        disk::replace(&inputs.out.join(RUN), format!("{record:#}\n").as_bytes())
     }
 
     /// At most `train.eval_cells` validation cells, spread evenly over the part.

@@ -6,8 +6,8 @@
 
 use super::lora::{Adapters, Factors};
 use crate::device::Device;
+use crate::disk::{create_folder, write_synced};
 use crate::error::{Error, Result};
-use crate::model::checkpoint::write_synced;
 use crate::model::tensors::{self, Declared};
 use serde_json::{Value, json};
 use std::collections::HashMap;
@@ -24,7 +24,7 @@ pub fn write<B: Device>(
     base: Option<&Path>,
 ) -> Result<()> {
     let folder = checkpoint.join(FOLDER);
-    std::fs::create_dir(&folder).map_err(|e| Error::io(&folder, "create the adapter's folder", &e))?;
+    create_folder(&folder).map_err(|e| Error::io(&folder, "create the adapter's folder", &e))?;
     let rank = adapters.layout().rank;
     let (mut declared, mut values) = (Vec::new(), HashMap::new());
     for Factors { adapter: m, a, b } in adapters.host(dev)? {

@@ -11,6 +11,7 @@ use super::trunk::Trunk;
 use crate::corpus::Corpus;
 use crate::corpus::splits::TrainingCells;
 use crate::device::{Act, Device};
+use crate::disk;
 use crate::error::{Code, Error, Result};
 use crate::genes::marker_score::{Standardiser, marker_scores};
 use crate::genes::markers::{MarkerSets, read_marker_map};
@@ -205,7 +206,9 @@ fn write_start(place: &Path, rows: &[f32], q: &[f32], width: usize) -> Result<()
     write(&partial, &[("format", "pt")], tensors, |t| {
         Ok(bytemuck::cast_slice(if t.name == "teacher" { rows } else { q }).to_vec())
     })?;
-    std::fs::rename(&partial, place).map_err(|e| Error::io(place, "publish the teacher's embeddings", &e))
+    disk::rename(&partial, place)
+        .and_then(|()| disk::sync_folder(disk::parent(place)))
+        .map_err(|e| Error::io(place, "publish the teacher's embeddings", &e))
 }
 
 fn read_start(place: &Path, cells: usize, types: usize, width: usize) -> Result<(Teacher, Vec<f32>)> {

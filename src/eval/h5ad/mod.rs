@@ -16,9 +16,9 @@ mod superblock;
 
 pub use cells::ABSENT;
 
-use super::pending::Pending;
 use super::provenance::Provenance;
 use crate::corpus::Corpus;
+use crate::disk::Pending;
 use crate::error::{Code, Error, Result};
 use crate::import::hdf5::{H5Source, PureFile};
 use hdf5_pure::{AttrValue, DatasetBuilder, FileAccessProperties, SyncPolicy};

@@ -1,7 +1,7 @@
 //! Effects as a table: one line per set of genes and prototype, tidy, for pandas and R.
 
-use super::super::pending::Pending;
 use super::Effect;
+use crate::disk::Pending;
 use crate::error::Result;
 use std::fmt::Write;
 use std::path::Path;

@@ -1,10 +1,10 @@
 //! What becomes of a step when its gradient norm has come back: one more update, or a bad step, which is counted and named.
 
-use super::super::folder::write_atomically;
 use super::super::optimizer::{BAD_SLOT, NORM_SLOT};
 use super::super::task::Loss;
 use super::Run;
 use crate::device::{Act, Later};
+use crate::disk;
 use crate::error::{Code, Error, Result};
 use crate::ops::Backend;
 use crate::trace;
@@ -62,7 +62,7 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
             cells.iter().filter_map(|cell| self.trunk.corpus.cell_id(*cell as usize).ok()).collect();
         let dump = self.session.folder.path().join(format!("bad-step-{step}.json"));
         let report = json!({"step": step, "first_bad": place, "cell_ids": cells});
-        write_atomically(&dump, format!("{report:#}\n").as_bytes())?;
+        disk::replace(&dump, format!("{report:#}\n").as_bytes())?;
         Err(stopped(in_a_row, step, &place, self.settings.train.max_bad_steps)
             .found(format!("cell ids of the last of them in {}", dump.display())))
     }
