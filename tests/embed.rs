@@ -12,7 +12,8 @@ use cellrefine::eval::npy;
 use cellrefine::genes::Vocab;
 use cellrefine::import::hdf5::{Attribute, H5Source, Node, PureFile, Stored};
 use cellrefine::model::config::Vocabulary;
-use cellrefine::model::{Parameters, Preset, checkpoint};
+use cellrefine::model::snapshot::Snapshot;
+use cellrefine::model::{Parameters, Preset};
 use cellrefine::objective::StoredPrototypes;
 use serde_json::Value;
 use std::collections::HashMap;
@@ -73,22 +74,21 @@ fn fixture() -> &'static Fixture {
         (config.width, config.ffn, config.positions) = (32, 48, 64);
         let params = Parameters::<Cpu, f32>::random(&Cpu, &config, 5).unwrap();
         for name in ["plain", "refined"] {
-            checkpoint::publish(&f.path(name), |to| {
-                if name == "refined" {
-                    let mut rng = cellrefine::rng::Philox::new(1, 0, 9);
-                    StoredPrototypes {
-                        names: ["A", "B", "C"].map(String::from).to_vec(),
-                        vectors: (0..3 * 32).map(|_| rng.normal() as f32).collect(),
-                        centre: vec![0.0; 32],
-                        temperature: 0.1,
-                        layer: config.layer,
-                        pooling: config.pooling,
-                    }
-                    .write(to)?;
-                }
-                checkpoint::write_model(&Cpu, to, &config, params.layout(), params.master(), None)
-            })
-            .unwrap();
+            let mut snapshot =
+                Snapshot::of_model(&Cpu, &config, params.layout(), params.master(), None).unwrap();
+            if name == "refined" {
+                let mut rng = cellrefine::rng::Philox::new(1, 0, 9);
+                let stored = StoredPrototypes {
+                    names: ["A", "B", "C"].map(String::from).to_vec(),
+                    vectors: (0..3 * 32).map(|_| rng.normal() as f32).collect(),
+                    centre: vec![0.0; 32],
+                    temperature: 0.1,
+                    layer: config.layer,
+                    pooling: config.pooling,
+                };
+                stored.add_to(&mut snapshot).unwrap();
+            }
+            snapshot.publish(&f.path(name)).unwrap();
         }
         embed(&f, "plain", "rows.npy", &[]);
         f

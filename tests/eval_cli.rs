@@ -9,6 +9,7 @@ use cellrefine::eval::npy;
 use cellrefine::genes::Vocab;
 use cellrefine::genes::markers_derive::derive;
 use cellrefine::model::config::Vocabulary;
+use cellrefine::model::snapshot::Snapshot;
 use cellrefine::model::{Parameters, Preset, checkpoint};
 use cellrefine::objective::StoredPrototypes;
 use serde_json::Value;
@@ -61,10 +62,8 @@ fn write_checkpoint(folder: &Path, corpus: &Corpus, seed: u64) {
     let mut config = Preset::named("tiny").unwrap().config(vocab.len(), Vocabulary::of(&vocab));
     (config.width, config.ffn, config.positions) = (32, 48, 64);
     let params = Parameters::<Cpu, f32>::random(&Cpu, &config, seed).unwrap();
-    checkpoint::publish(folder, |to| {
-        checkpoint::write_model(&Cpu, to, &config, params.layout(), params.master(), None)
-    })
-    .unwrap();
+    let snapshot = Snapshot::of_model(&Cpu, &config, params.layout(), params.master(), None).unwrap();
+    snapshot.publish(folder).unwrap();
 }
 
 fn fixture() -> &'static Fixture {

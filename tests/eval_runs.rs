@@ -10,7 +10,8 @@ use cellrefine::corpus::{
 use cellrefine::cpu::Cpu;
 use cellrefine::device::Device;
 use cellrefine::genes::Vocab;
-use cellrefine::model::{Layout, Store, checkpoint};
+use cellrefine::model::snapshot::Snapshot;
+use cellrefine::model::{Layout, Store};
 use serde_json::Value;
 use std::path::Path;
 use std::process::Command;
@@ -78,7 +79,9 @@ fn a_classifier_answers_as_transformers_and_is_scored_as_by_sklearn() {
     let named = store.named_mut();
     Cpu.write(&mut named.weight, &floats("weight")).unwrap();
     Cpu.write(&mut named.bias, &floats("bias")).unwrap();
-    checkpoint::write_classifier(&Cpu, &folder, &layout, &store, &classes, "class").unwrap();
+    let mut snapshot = Snapshot::default();
+    snapshot.classifier(&Cpu, &layout, &store, &classes, "class").unwrap();
+    snapshot.write(&folder).unwrap();
 
     let words =
         "eval --corpus x.cells --checkpoint tuned --label class --holdout fold=test --layer -1 --pool mean";

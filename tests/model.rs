@@ -7,6 +7,7 @@ use cellrefine::device::{Act, Device};
 use cellrefine::model::checkpoint::{self, LoadOptions, Pointer};
 use cellrefine::model::heads;
 use cellrefine::model::ledger::Ledger;
+use cellrefine::model::snapshot::Snapshot;
 use cellrefine::model::{Activations, Capacity, DeviceBatch, Encoder, ModelConfig, Parameters, Pass};
 use cellrefine::ops::gene_attention::Pattern;
 use cellrefine::ops::pool::Pooling;
@@ -258,10 +259,9 @@ fn threads_do_not_change_a_bit() {
 }
 
 fn save(folder: &std::path::Path, config: &ModelConfig, params: &Parameters<Cpu, f32>) {
-    checkpoint::publish(folder, |f| {
-        checkpoint::write_model(&Cpu, f, config, params.layout(), params.master(), Some(b"# a vocabulary\n"))
-    })
-    .unwrap();
+    let vocabulary = Some(&b"# a vocabulary\n"[..]);
+    let snapshot = Snapshot::of_model(&Cpu, config, params.layout(), params.master(), vocabulary).unwrap();
+    snapshot.publish(folder).unwrap();
 }
 
 #[test]

@@ -4,6 +4,7 @@
 mod common;
 
 use cellrefine::cpu::Cpu;
+use cellrefine::model::snapshot::Snapshot;
 use cellrefine::model::tensors::TensorFile;
 use cellrefine::model::{Capacity, Pass, checkpoint};
 use common::close::assert_close;
@@ -98,10 +99,8 @@ fn masked_gene_loss_and_every_gradient() {
 fn written_again_the_checkpoint_has_the_same_tensors() {
     let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("hf-roundtrip");
     let (config, params) = checkpoint::load::<Cpu, f32>(&Cpu, &golden(), Default::default()).unwrap();
-    checkpoint::publish(&folder, |f| {
-        checkpoint::write_model(&Cpu, f, &config, params.layout(), params.master(), None)
-    })
-    .unwrap();
+    let snapshot = Snapshot::of_model(&Cpu, &config, params.layout(), params.master(), None).unwrap();
+    snapshot.publish(&folder).unwrap();
     let ours = TensorFile::open(&folder.join("model.safetensors")).unwrap();
     let theirs = TensorFile::open(&golden().join("model.safetensors")).unwrap();
     assert_eq!(ours.names(), theirs.names());

@@ -8,13 +8,13 @@
 //! new one; `transformers` opens the result with no missing and no unexpected key.
 
 use super::config::ModelConfig;
-use super::store::{Layout, Parameters, Store, initial};
-use super::tensors::{Declared, TensorFile, write};
+use super::store::{Layout, Parameters, initial};
+use super::tensors::{Declared, TensorFile};
 pub use super::weight_files::WEIGHTS;
 use super::weight_files::WeightFiles;
-use super::weights::{Classification, Classifier, Network, Parameter, Parts};
-use crate::device::{Act, Device};
-use crate::disk::{self, write_synced};
+use super::weights::{Classifier, Network, Parameter, Parts};
+use crate::device::Act;
+use crate::disk;
 use crate::error::{Code, Error, Result};
 use crate::ops::adamw::AdamW;
 use serde_json::{Value, json};
@@ -25,8 +25,8 @@ use std::path::{Path, PathBuf};
 pub const CONFIG: &str = "config.json";
 /// Name of the token table in a folder.
 pub const VOCABULARY: &str = "vocab.tsv";
-const CLASSIFIER: &str = "classifier.safetensors";
-const CLASSES: &str = "classifier.json";
+pub(super) const CLASSIFIER: &str = "classifier.safetensors";
+pub(super) const CLASSES: &str = "classifier.json";
 
 /// A pointer of a run folder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -124,49 +124,6 @@ pub fn publish(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<
         let _ = disk::remove_folder(&temporary);
     }
     done
-}
-
-/// Writes `config.json`, `model.safetensors` and, where its bytes are given, `vocab.tsv` into an existing folder: the body of
-/// a [`publish`].
-pub fn write_model<B: Device>(
-    dev: &B,
-    folder: &Path,
-    config: &ModelConfig,
-    layout: &Layout,
-    master: &Store<B, f32>,
-    vocabulary: Option<&[u8]>,
-) -> Result<()> {
-    let mut pretty = serde_json::to_vec_pretty(&config.to_json()).map_err(|e| Error::bug(e.to_string()))?;
-    pretty.push(b'\n');
-    write_synced(&folder.join(CONFIG), &pretty)?;
-    if let Some(bytes) = vocabulary {
-        write_synced(&folder.join(VOCABULARY), bytes)?;
-    }
-    write_store(dev, &folder.join(WEIGHTS), layout, master)
-}
-
-/// Writes every tensor of a store under its name on disk.
-pub fn write_store<B: Device, P: Parts>(
-    dev: &B,
-    path: &Path,
-    layout: &Layout<P>,
-    store: &Store<B, f32, P>,
-) -> Result<()> {
-    let buffers = P::list(P::as_ref(store.named()));
-    let mut sources = std::collections::HashMap::new();
-    let mut tensors = Vec::new();
-    for ((parameter, _), buf) in layout.list().into_iter().zip(buffers) {
-        let shape = parameter.stored_shape();
-        for (part, name) in parameter.stored_as.iter().enumerate() {
-            tensors.push(Declared::f32(name, &shape));
-            sources.insert(name.clone(), (buf, part));
-        }
-    }
-    write(path, &[("format", "pt")], tensors, |t| {
-        let (buf, part) = sources[&t.name];
-        let len = t.bytes() / 4;
-        Ok(bytemuck::cast_slice(&dev.download(buf)?[part * len..(part + 1) * len]).to_vec())
-    })
 }
 
 /// The settings of a model folder.
@@ -349,20 +306,6 @@ fn read_parameter(file: &WeightFiles, parameter: &Parameter) -> Result<Vec<f32>>
         values.append(&mut file.floats(name, &parameter.stored_shape())?);
     }
     Ok(values)
-}
-
-/// Writes a fine-tuned classifier beside a model: the body of a [`publish`]. `labels` (K) are the class names in order.
-pub fn write_classifier<B: Device>(
-    dev: &B,
-    folder: &Path,
-    layout: &Layout<Classification>,
-    classifier: &Store<B, f32, Classification>,
-    labels: &[String],
-    label_column: &str,
-) -> Result<()> {
-    let json = json!({"label": label_column, "classes": labels});
-    write_synced(&folder.join(CLASSES), format!("{json:#}\n").as_bytes())?;
-    write_store(dev, &folder.join(CLASSIFIER), layout, classifier)
 }
 
 /// A fine-tuned classifier on the host.

@@ -39,6 +39,7 @@ pub mod heads;
 pub mod ledger;
 pub mod masked_genes;
 mod presets;
+pub mod snapshot;
 pub mod store;
 pub mod tensors;
 pub mod weight_files;

@@ -9,7 +9,8 @@
 //! `transformers` finds no unexpected key in `model.safetensors`.
 
 use crate::error::{Code, Error, Result};
-use crate::model::tensors::{Declared, TensorFile, write};
+use crate::model::snapshot::{Numbers, Snapshot};
+use crate::model::tensors::{Declared, TensorFile};
 use crate::ops::pool::Pooling;
 use std::path::Path;
 
@@ -39,8 +40,21 @@ impl StoredPrototypes {
         self.centre.len()
     }
 
-    /// Writes [`PROTOTYPES`] into `folder`, synced: the body of a checkpoint's publication.
+    /// Writes [`PROTOTYPES`] into `folder`, synced.
+    ///
+    /// # Errors
+    /// The file system's.
     pub fn write(&self, folder: &Path) -> Result<()> {
+        let mut snapshot = Snapshot::default();
+        self.add_to(&mut snapshot)?;
+        snapshot.write(folder).map(|_| ())
+    }
+
+    /// Adds [`PROTOTYPES`] to a checkpoint.
+    ///
+    /// # Errors
+    /// Bug: vectors that do not fit the names.
+    pub fn add_to(&self, snapshot: &mut Snapshot) -> Result<()> {
         let (p, d) = (self.names.len(), self.width());
         let names =
             serde_json::to_string(&self.names).map_err(|e| Error::bug(format!("prototype names: {e}")))?;
@@ -56,10 +70,9 @@ impl StoredPrototypes {
             ("pooling", pooling),
             ("temperature", temperature.as_str()),
         ];
-        let tensors = vec![Declared::f32("prototypes", &[p, d]), Declared::f32("centre", &[d])];
-        write(&folder.join(PROTOTYPES), &metadata, tensors, |t| {
-            Ok(bytemuck::cast_slice(if t.name == "centre" { &self.centre } else { &self.vectors }).to_vec())
-        })
+        let vectors = (Declared::f32("prototypes", &[p, d]), Numbers::all(self.vectors.clone()));
+        let centre = (Declared::f32("centre", &[d]), Numbers::all(self.centre.clone()));
+        snapshot.tensors(PROTOTYPES, &metadata, vec![vectors, centre])
     }
 
     /// The prototypes beside the model in `folder`, whose width is `width`; `None` where there are none.

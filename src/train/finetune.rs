@@ -13,6 +13,7 @@ use crate::error::{Code, Error, Result};
 use crate::eval::metrics::classification;
 use crate::model::heads::{self, Classify};
 use crate::model::ledger::Ledger;
+use crate::model::snapshot::Snapshot;
 use crate::model::weights::{Classification, Classifier};
 use crate::model::{Layout, ModelConfig, Store, checkpoint};
 use crate::objective::prototype_file::StoredPrototypes;
@@ -258,15 +259,8 @@ impl<B: Backend<A>, A: Act> Task<B, A> for Finetune<B, A> {
         })
     }
 
-    fn save(&self, dev: &B, folder: &Path, _config: &ModelConfig) -> Result<()> {
-        checkpoint::write_classifier(
-            dev,
-            folder,
-            &self.layout,
-            &self.weight,
-            &self.labels.classes,
-            &self.labels.column,
-        )
+    fn save(&self, dev: &B, checkpoint: &mut Snapshot, _config: &ModelConfig) -> Result<()> {
+        checkpoint.classifier(dev, &self.layout, &self.weight, &self.labels.classes, &self.labels.column)
     }
 
     fn restore(&mut self, dev: &B, folder: &Path) -> Result<()> {

@@ -8,22 +8,24 @@
 use crate::disk;
 use crate::error::{Code, Error, Result};
 use crate::model::checkpoint::{self, Pointer};
+use crate::model::snapshot::Snapshot;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Name of a checkpoint's manifest.
 pub const MANIFEST: &str = "state.json";
 
 /// An open run folder, locked for as long as this lives.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct RunFolder {
     root: PathBuf,
     /// Holds the lock; the leading rank's.
-    _lock: Option<File>,
+    _lock: Option<Arc<File>>,
 }
 
 impl RunFolder {
@@ -52,7 +54,7 @@ impl RunFolder {
         let _ = lock.set_len(0);
         let _ = writeln!(lock, "process {} on {}", std::process::id(), host.trim());
         sweep(&root.join("checkpoints"))?;
-        Ok(RunFolder { root: root.to_path_buf(), _lock: Some(lock) })
+        Ok(RunFolder { root: root.to_path_buf(), _lock: Some(Arc::new(lock)) })
     }
 
     /// The folder as a rank sees it that leaves the writing to the leading one.
@@ -65,31 +67,52 @@ impl RunFolder {
         &self.root
     }
 
-    /// Publishes `checkpoints/step-N`: `write` fills a temporary folder, then the manifest is written, then it is renamed.
-    /// `record` is the manifest without its file list. On failure nothing new is visible.
-    pub fn publish(
-        &self,
-        step: u64,
-        record: Value,
-        write: impl FnOnce(&Path) -> Result<()>,
-    ) -> Result<PathBuf> {
+    /// Publishes `checkpoints/step-N`: the files of `snapshot` in a hidden folder, then the manifest, then one rename; then all of
+    /// it is read back, and only then does `last` name it. `record` is the manifest without its file list.
+    ///
+    /// # Errors
+    /// Environment: too little space, with the bytes needed and free; the disk. Nothing new is visible then.
+    pub fn publish(&self, step: u64, mut record: Value, snapshot: &Snapshot) -> Result<PathBuf> {
         let parent = self.root.join("checkpoints");
         let place = parent.join(format!("step-{step}"));
         let partial = parent.join(format!(".step-{step}.partial"));
+        self.check_space(snapshot.size(), "this checkpoint")?;
         disk::remove_folder(&partial)
             .and_then(|()| disk::create_folder(&partial))
             .map_err(|e| Error::io(&partial, "create the checkpoint", &e))?;
-        // Only a checkpoint of this very step can be in the way: made before a resume from an older one.
-        let written = write(&partial)
-            .and_then(|()| seal(&partial, record))
-            .and_then(|()| disk::publish_folder(&partial, &place));
+        let written = snapshot.write(&partial).and_then(|files| {
+            record["files"] = Value::Object(files);
+            disk::write_synced(&partial.join(MANIFEST), format!("{record:#}\n").as_bytes())?;
+            // Only a checkpoint of this very step can be in the way: made before a resume from an older one.
+            disk::publish_folder(&partial, &place)
+        });
         if let Err(e) = written {
             let _ = disk::remove_folder(&partial);
-            return Err(e);
+            return Err(match e.code() == Code::DiskFull {
+                true => e.wanted(format!("{} bytes for this checkpoint", snapshot.size())),
+                false => e,
+            }
+            .next("free space, then continue from the last checkpoint with --resume"));
         }
         verify(&place)?;
         self.point(Pointer::Last, step)?;
         Ok(place)
+    }
+
+    /// Is there space for `bytes` more, which are to hold `what`?
+    ///
+    /// # Errors
+    /// Environment: there is not.
+    pub fn check_space(&self, bytes: u64, what: &str) -> Result<()> {
+        let free = disk::free_bytes(&self.root)?;
+        if free >= bytes {
+            return Ok(());
+        }
+        Err(Error::new(Code::DiskFull, "too little space on the disk")
+            .at(self.root.display())
+            .found(format!("{free} bytes free"))
+            .wanted(format!("{bytes} bytes for {what}"))
+            .next("free space, or choose another --out; a run that was begun goes on with --resume"))
     }
 
     /// Makes `pointer` name the checkpoint of `step`.
@@ -175,35 +198,6 @@ pub fn read_manifest(place: &Path) -> Result<Value> {
     })
 }
 
-/// Writes the manifest of `folder`, all of whose files are synced already, and syncs it and the folders between.
-fn seal(folder: &Path, mut record: Value) -> Result<()> {
-    let mut files = serde_json::Map::new();
-    for path in files_below(folder)? {
-        let bytes = fs::metadata(&path).map_err(|e| Error::io(&path, "read", &e))?.len();
-        let name = path.strip_prefix(folder).unwrap_or(&path).to_string_lossy().into_owned();
-        files.insert(name, serde_json::json!({"bytes": bytes, "sha256": sha256(&path)?}));
-    }
-    record["files"] = Value::Object(files);
-    disk::write_synced(&folder.join(MANIFEST), format!("{record:#}\n").as_bytes())
-}
-
-/// All files in and below `folder`, sorted; the folders between are synced.
-fn files_below(folder: &Path) -> Result<Vec<PathBuf>> {
-    let failed = |e: std::io::Error| Error::io(folder, "list the checkpoint", &e);
-    let mut files = Vec::new();
-    for entry in fs::read_dir(folder).map_err(failed)? {
-        let path = entry.map_err(failed)?.path();
-        if path.is_dir() {
-            files.extend(files_below(&path)?);
-            disk::sync_folder(&path).map_err(failed)?;
-        } else {
-            files.push(path);
-        }
-    }
-    files.sort();
-    Ok(files)
-}
-
 /// Removes what a killed run left half-written or half-removed: the hidden folders among the checkpoints.
 fn sweep(checkpoints: &Path) -> Result<()> {
     let failed = |e: std::io::Error| Error::io(checkpoints, "clear what a killed run left", &e);
@@ -246,11 +240,9 @@ mod tests {
     use serde_json::json;
 
     fn publish(run: &RunFolder, step: u64) -> PathBuf {
-        run.publish(step, json!({"step": step}), |folder| {
-            fs::write(folder.join("weights"), vec![step as u8; 100])
-                .map_err(|e| Error::io(folder, "write", &e))
-        })
-        .unwrap()
+        let mut snapshot = Snapshot::default();
+        snapshot.bytes("weights", vec![step as u8; 100]);
+        run.publish(step, json!({"step": step}), &snapshot).unwrap()
     }
 
     #[test]
@@ -273,8 +265,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let run = RunFolder::open(dir.path()).unwrap();
         let place = publish(&run, 7);
-        let failed = run.publish(8, json!({}), |_| Err(Error::new(Code::DiskFull, "disk full")));
-        assert_eq!(failed.unwrap_err().kind().exit_code(), 4);
+        let mut two = Snapshot::default();
+        two.bytes("a", vec![1]);
+        two.bytes("a/b", vec![2]);
+        assert!(run.publish(8, json!({}), &two).is_err(), "a file cannot be a folder");
+        let e = run.check_space(u64::MAX, "everything").unwrap_err();
+        assert_eq!(e.kind().exit_code(), 4);
         assert_eq!(fs::read_dir(dir.path().join("checkpoints")).unwrap().count(), 1);
         let mut bytes = fs::read(place.join("weights")).unwrap();
         bytes[50] ^= 1;

@@ -16,8 +16,9 @@ use crate::config::{LoraSettings, LoraTargets, OptimizerSettings};
 use crate::device::{Act, Device, Len};
 use crate::error::{Code, Error, Result};
 use crate::model::ledger::Ledger;
+use crate::model::snapshot::{Numbers, Snapshot};
 use crate::model::store::initial;
-use crate::model::tensors::{self, Declared, TensorFile};
+use crate::model::tensors::{Declared, TensorFile};
 use crate::model::weights::{Init, Parameter};
 use crate::model::{Layout, Parameters};
 use crate::ops::linear::{self, Activation, BackwardInput, BackwardWeight, Dims, In};
@@ -235,14 +236,13 @@ impl<B: Device> Adapters<B> {
         dev.write(&mut self.weight, &first)
     }
 
-    /// Writes what a resumed run needs into a checkpoint folder.
-    pub fn save(&self, dev: &B, folder: &Path) -> Result<()> {
-        let declared =
-            vec![Declared::f32("base", &[self.base.len()]), Declared::f32("weight", &[self.weight.len()])];
-        tensors::write(&folder.join(STATE), &[("format", "pt")], declared, |tensor| {
-            let values = dev.download(if tensor.name == "base" { &self.base } else { &self.weight })?;
-            Ok(bytemuck::cast_slice(&values).to_vec())
-        })
+    /// Adds what a resumed run needs to a checkpoint.
+    pub fn save(&self, dev: &B, checkpoint: &mut Snapshot) -> Result<()> {
+        let tensor = |name: &str, values: &B::Buf<f32>| -> Result<(Declared, Numbers)> {
+            Ok((Declared::f32(name, &[values.len()]), Numbers::all(dev.download(values)?)))
+        };
+        let tensors = vec![tensor("base", &self.base)?, tensor("weight", &self.weight)?];
+        checkpoint.tensors(STATE, &[("format", "pt")], tensors)
     }
 
     /// Reads it back.

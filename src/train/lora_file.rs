@@ -6,40 +6,34 @@
 
 use super::lora::{Adapters, Factors};
 use crate::device::Device;
-use crate::disk::{create_folder, write_synced};
-use crate::error::{Error, Result};
-use crate::model::tensors::{self, Declared};
+use crate::error::Result;
+use crate::model::snapshot::{Numbers, Snapshot};
+use crate::model::tensors::Declared;
 use serde_json::{Value, json};
-use std::collections::HashMap;
 use std::path::Path;
 
 /// Name of the folder in a checkpoint.
 pub const FOLDER: &str = "adapter";
 
-/// Writes the adapters into `checkpoint`; `base` is the model folder that they belong on.
-pub fn write<B: Device>(
+/// Adds the adapters to a checkpoint; `base` is the model folder that they belong on.
+pub fn save<B: Device>(
     dev: &B,
-    checkpoint: &Path,
+    checkpoint: &mut Snapshot,
     adapters: &Adapters<B>,
     base: Option<&Path>,
 ) -> Result<()> {
-    let folder = checkpoint.join(FOLDER);
-    create_folder(&folder).map_err(|e| Error::io(&folder, "create the adapter's folder", &e))?;
+    let folder = Path::new(FOLDER);
     let rank = adapters.layout().rank;
-    let (mut declared, mut values) = (Vec::new(), HashMap::new());
+    let mut tensors = Vec::new();
     for Factors { adapter: m, a, b } in adapters.host(dev)? {
         for (leaf, shape, thin) in [("lora_A", [rank, m.inputs], a), ("lora_B", [m.outputs, rank], b)] {
             let name = format!("base_model.model.{}.{leaf}.weight", m.module);
-            declared.push(Declared::f32(name.clone(), &shape));
-            values.insert(name, thin);
+            tensors.push((Declared::f32(name, &shape), Numbers::all(thin)));
         }
     }
-    tensors::write(&folder.join("adapter_model.safetensors"), &[("format", "pt")], declared, |tensor| {
-        let thin = values.remove(&tensor.name).ok_or_else(|| Error::bug("an adapter without values"))?;
-        Ok(bytemuck::cast_slice(&thin).to_vec())
-    })?;
-    let config = format!("{:#}\n", config(adapters, base));
-    write_synced(&folder.join("adapter_config.json"), config.as_bytes())
+    checkpoint.tensors(folder.join("adapter_model.safetensors"), &[("format", "pt")], tensors)?;
+    checkpoint.json(folder.join("adapter_config.json"), &config(adapters, base));
+    Ok(())
 }
 
 /// PEFT's `LoraConfig`. Modules by their full names: query and key of frozen layers have no adapter.

@@ -28,6 +28,7 @@ pub mod record;
 pub mod refine;
 pub mod refine_start;
 pub mod run;
+mod saver;
 pub mod schedule;
 pub mod shard;
 pub mod stages;

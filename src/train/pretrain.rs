@@ -9,6 +9,7 @@ use crate::device::Act;
 use crate::error::{Code, Error, Result};
 use crate::model::heads::{MaskedGenes, Masking};
 use crate::model::ledger::Ledger;
+use crate::model::snapshot::Snapshot;
 use crate::model::{Capacity, ModelConfig, Pass};
 use crate::ops::{Backend, reduce};
 use crate::trace;
@@ -185,7 +186,7 @@ impl<B: Backend<A>, A: Act> Task<B, A> for Pretrain<B, A> {
         })
     }
 
-    fn save(&self, _dev: &B, _folder: &Path, _config: &ModelConfig) -> Result<()> {
+    fn save(&self, _dev: &B, _checkpoint: &mut Snapshot, _config: &ModelConfig) -> Result<()> {
         Ok(())
     }
 

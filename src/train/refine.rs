@@ -19,6 +19,7 @@ use crate::eval::metrics::recall_at;
 use crate::eval::rows::centred_unit_rows;
 use crate::model::heads;
 use crate::model::ledger::Ledger;
+use crate::model::snapshot::Snapshot;
 use crate::objective::{Objective, StoredPrototypes};
 use crate::ops::Backend;
 use std::ops::Range;
@@ -319,7 +320,7 @@ impl<B: Backend<A>, A: Act> Task<B, A> for Refine<B, A> {
         trunk.dev.write(self.objective.parameters().0, &q)
     }
 
-    fn save(&self, dev: &B, folder: &Path, config: &crate::model::ModelConfig) -> Result<()> {
+    fn save(&self, dev: &B, checkpoint: &mut Snapshot, config: &crate::model::ModelConfig) -> Result<()> {
         StoredPrototypes {
             names: self.names.clone(),
             vectors: dev.download(self.objective.prototypes())?,
@@ -328,7 +329,7 @@ impl<B: Backend<A>, A: Act> Task<B, A> for Refine<B, A> {
             layer: config.layer,
             pooling: config.pooling,
         }
-        .write(folder)
+        .add_to(checkpoint)
     }
 
     fn restore(&mut self, dev: &B, folder: &Path) -> Result<()> {

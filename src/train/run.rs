@@ -14,8 +14,9 @@ use super::lora_file;
 use super::observer::{Flow, Observer};
 use super::optimizer::{Group, LOSS_SLOT, Moments, squared_norm, update};
 use super::record::{Meter, Writers};
+use super::saver::{Save, Saver};
 use super::schedule::Schedule;
-use super::state::{Best, LoopState, read_moments, write_moments};
+use super::state::{Best, LoopState, read_moments, save_moments};
 use super::summary::RunSummary;
 use super::task::{Evaluation, Loss, Task};
 use super::trunk::{Draw, Trunk, work};
@@ -25,6 +26,7 @@ use crate::device::{Act, Later};
 use crate::error::{Code, Error, Result};
 use crate::model::checkpoint::{self, Pointer};
 use crate::model::flops::Work;
+use crate::model::snapshot::Snapshot;
 use crate::ops::Backend;
 use crate::trace;
 use serde_json::Value;
@@ -98,6 +100,9 @@ pub fn run<B: Backend<A>, A: Act>(
         },
     };
     let ranks = trunk.ranks.clone();
+    // Two: the newest is removed only when the next one stands.
+    let bytes = 2 * checkpoint_bytes(trunk, task);
+    ranks.lead(|| session.folder.check_space(bytes, "two checkpoints").map(|()| Vec::new()))?;
     let packer = Packer::sampled(trunk.corpus.clone(), sampler, trunk.options.clone())?;
     let packer = packer.for_rank(ranks.rank(), ranks.world());
     let loader = Loader::spawn(packer, settings.batch.ahead)?;
@@ -120,6 +125,7 @@ pub fn run<B: Backend<A>, A: Act>(
         meter,
         outcome: Outcome::default(),
         unsettled: None,
+        saver: Saver::default(),
     };
     while run.state.step < run.state.steps {
         run.step()?;
@@ -156,6 +162,8 @@ struct Run<'a, 'b, B: Backend<A>, A: Act> {
     meter: Meter,
     outcome: Outcome,
     unsettled: Option<Unsettled>,
+    /// Of the leading rank.
+    saver: Saver,
 }
 
 impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
@@ -225,13 +233,18 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
                 self.session.observer.note(&format!("the run record could not be written: {e}"));
             }
         }
-        let stops = self.session.observer.step(step, record.as_ref()) == Flow::Stop;
+        // So does a checkpoint that could not be written: what it failed with is then the run's error.
+        let stops =
+            self.session.observer.step(step, record.as_ref()) == Flow::Stop || self.saver.has_failed();
         // A signal to one rank stops all of them after the same step.
         let stops = self.trunk.of_all_ranks(usize::from(stops))? > 0 && !last;
         let improved = self.improved(step, evaluation);
         let due = train_due(self.settings.train.checkpoint_every, step);
         if due || last || stops || improved {
             self.publish(step, improved)?;
+        }
+        if last || stops {
+            self.saved()?;
         }
         if stops {
             return Err(self.interrupted(step));
@@ -400,21 +413,32 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
         true
     }
 
-    /// A checkpoint by the leading rank, of which all hear whether it is on the disk.
+    /// Begins a checkpoint of the leading rank's: what it holds is copied here, and written while training goes on. All ranks
+    /// hear of the one before, whether it is on the disk.
     fn publish(&mut self, step: u64, best: bool) -> Result<()> {
         self.settle(None)?;
         let _range = trace::range("checkpoint");
         self.same_weights()?;
+        self.saved()?;
         let ranks = self.trunk.ranks.clone();
         let trunk = &*self.trunk;
         let gathered = match &trunk.shard {
             Some(shard) => shard.gather(&trunk.dev, &trunk.moments)?,
             None => None,
         };
-        let place =
-            ranks.lead(|| Ok(self.write_checkpoint(step, best, gathered)?.into_os_string().into_vec()))?;
-        self.outcome.published = Some(OsString::from_vec(place).into());
+        ranks.lead(|| self.begin_checkpoint(step, best, gathered).map(|()| Vec::new()))?;
         self.meter.pause();
+        Ok(())
+    }
+
+    /// Waits for the checkpoint that is being written; all ranks hear whether it is on the disk.
+    fn saved(&mut self) -> Result<()> {
+        let ranks = self.trunk.ranks.clone();
+        let saver = &mut self.saver;
+        let place = ranks.lead(|| Ok(saver.wait()?.unwrap_or_default().into_os_string().into_vec()))?;
+        if !place.is_empty() {
+            self.outcome.published = Some(OsString::from_vec(place).into());
+        }
         Ok(())
     }
 
@@ -440,30 +464,26 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
     }
 
     /// `gathered` are the network's moments where they are divided over the ranks.
-    fn write_checkpoint(
-        &mut self,
-        step: u64,
-        best: bool,
-        gathered: Option<[Vec<f32>; 2]>,
-    ) -> Result<PathBuf> {
+    fn begin_checkpoint(&mut self, step: u64, best: bool, gathered: Option<[Vec<f32>; 2]>) -> Result<()> {
         let (session, trunk, task) = (&self.session, &mut *self.trunk, &mut *self.task);
-        let record = self.state.manifest(&session.identity, trunk.ranks.world());
-        let place = session.folder.publish(step, record, |folder| {
-            let (config, layout) = (&trunk.encoder.config, trunk.params.layout());
-            let vocabulary = session.vocabulary.as_deref();
-            checkpoint::write_model(&trunk.dev, folder, config, layout, trunk.params.master(), vocabulary)?;
-            task.save(&trunk.dev, folder, config)?;
-            if let Some(adapters) = &trunk.adapters {
-                adapters.save(&trunk.dev, folder)?;
-                lora_file::write(&trunk.dev, folder, adapters, session.start.as_deref())?;
-            }
-            save_moments(folder, trunk, task, gathered)
-        })?;
-        if best {
-            session.folder.point(Pointer::Best, step)?;
+        let (config, layout, master) = (&trunk.encoder.config, trunk.params.layout(), trunk.params.master());
+        let mut snapshot =
+            Snapshot::of_model(&trunk.dev, config, layout, master, session.vocabulary.as_deref())?;
+        task.save(&trunk.dev, &mut snapshot, config)?;
+        if let Some(adapters) = &trunk.adapters {
+            adapters.save(&trunk.dev, &mut snapshot)?;
+            lora_file::save(&trunk.dev, &mut snapshot, adapters, session.start.as_deref())?;
         }
-        session.folder.prune(self.settings.train.keep, self.state.best.as_ref().map(|b| b.step))?;
-        Ok(place)
+        add_moments(&mut snapshot, trunk, task, gathered)?;
+        let save = Save {
+            step,
+            record: self.state.manifest(&session.identity, trunk.ranks.world()),
+            snapshot,
+            best,
+            best_step: self.state.best.as_ref().map(|b| b.step),
+            keep: self.settings.train.keep,
+        };
+        self.saver.begin(&session.folder, save)
     }
 
     fn interrupted(&mut self, step: u64) -> Error {
@@ -500,12 +520,19 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
     }
 }
 
+/// Bytes of a checkpoint's numbers: weights, both moments, and what the stage and its adapters add.
+fn checkpoint_bytes<B: Backend<A>, A: Act>(trunk: &Trunk<B, A>, task: &mut dyn Task<B, A>) -> u64 {
+    let network = trunk.params.layout().len();
+    let learner = trunk.adapters.as_ref().map_or(2 * network, |a| network + 3 * a.layout().len());
+    4 * (network + learner + task.own().map_or(0, |own| 3 * own.len)) as u64
+}
+
 fn train_due(every: u64, step: u64) -> bool {
     every > 0 && step.is_multiple_of(every)
 }
 
-fn save_moments<B: Backend<A>, A: Act>(
-    folder: &Path,
+fn add_moments<B: Backend<A>, A: Act>(
+    snapshot: &mut Snapshot,
     trunk: &Trunk<B, A>,
     task: &mut dyn Task<B, A>,
     gathered: Option<[Vec<f32>; 2]>,
@@ -518,7 +545,7 @@ fn save_moments<B: Backend<A>, A: Act>(
     if let Some(own) = task.own() {
         moments.push((own.name, host(own.moments)?));
     }
-    write_moments(folder, &moments)
+    save_moments(snapshot, moments)
 }
 
 /// Loads moments, the stage's own weights and the loop's state from the checkpoint at `place`; the trunk's weights were

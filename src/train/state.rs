@@ -7,7 +7,8 @@ use super::optimizer::Moments;
 use crate::corpus::SamplerState;
 use crate::device::Device;
 use crate::error::{Code, Error, Result};
-use crate::model::tensors::{self, Declared, TensorFile};
+use crate::model::snapshot::{Numbers, Snapshot};
+use crate::model::tensors::{Declared, TensorFile};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::ops::Range;
@@ -90,21 +91,14 @@ impl LoopState {
     }
 }
 
-/// Writes moments, first and second, under their names.
-pub fn write_moments(folder: &Path, moments: &[(&str, [Vec<f32>; 2])]) -> Result<()> {
-    let mut declared = Vec::new();
+/// Adds moments, first and second, under their names, to a checkpoint.
+pub fn save_moments(checkpoint: &mut Snapshot, moments: Vec<(&str, [Vec<f32>; 2])>) -> Result<()> {
+    let mut tensors = Vec::new();
     for (name, [m, v]) in moments {
-        declared.push(Declared::f32(format!("{name}.m"), &[m.len()]));
-        declared.push(Declared::f32(format!("{name}.v"), &[v.len()]));
+        tensors.push((Declared::f32(format!("{name}.m"), &[m.len()]), Numbers::all(m)));
+        tensors.push((Declared::f32(format!("{name}.v"), &[v.len()]), Numbers::all(v)));
     }
-    tensors::write(&folder.join(MOMENTS), &[("format", "pt")], declared, |tensor| {
-        let (name, which) = tensor.name.rsplit_once('.').unwrap_or((&tensor.name, ""));
-        let (_, [m, v]) = moments
-            .iter()
-            .find(|(n, _)| *n == name)
-            .ok_or_else(|| Error::bug("moments without a name").found(&tensor.name))?;
-        Ok(bytemuck::cast_slice(if which == "m" { m } else { v }).to_vec())
-    })
+    checkpoint.tensors(MOMENTS, &[("format", "pt")], tensors)
 }
 
 /// Reads them back: of each name's `len` elements those of the range.

@@ -6,6 +6,7 @@ use crate::corpus::Batch;
 use crate::device::Act;
 use crate::error::Result;
 use crate::model::ModelConfig;
+use crate::model::snapshot::Snapshot;
 use crate::ops::Backend;
 use std::path::Path;
 
@@ -103,8 +104,8 @@ pub trait Task<B: Backend<A>, A: Act> {
         Ok(())
     }
 
-    /// Writes the stage's own files into a checkpoint folder.
-    fn save(&self, dev: &B, folder: &Path, config: &ModelConfig) -> Result<()>;
+    /// Adds the stage's own files to a checkpoint.
+    fn save(&self, dev: &B, checkpoint: &mut Snapshot, config: &ModelConfig) -> Result<()>;
 
     /// Reads them back.
     fn restore(&mut self, dev: &B, folder: &Path) -> Result<()>;
