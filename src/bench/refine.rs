@@ -84,7 +84,7 @@ pub fn run(case: &RefineCase) -> Result<Value> {
     }
     let root = std::env::temp_dir().join(format!("cellrefine-bench-refine-{}", std::process::id()));
     let scratch = Scratch(root);
-    std::fs::create_dir_all(&scratch.0).map_err(|e| Error::io(&scratch.0, "make a folder", &e))?;
+    crate::disk::create_folders(&scratch.0).map_err(|e| Error::io(&scratch.0, "make a folder", &e))?;
     let corpus = write_corpus(&scratch.0, case)?;
     let markers = write_markers(&scratch.0, case.types)?;
 

@@ -84,6 +84,14 @@ pub fn link(from: &Path, to: &Path) -> io::Result<()> {
     output.sync()
 }
 
+/// Makes the content of a file durable that is written elsewhere.
+pub fn sync_file(path: &Path) -> io::Result<()> {
+    fault::meet(Operation::Sync, path)?;
+    File::open(path)?.sync_all()?;
+    fault::record(|| fault::Entry::synced(path));
+    Ok(())
+}
+
 /// Makes the names in a folder durable. File systems that cannot sync a folder (some networks' and FUSE's) answer EINVAL,
 /// which is no failure: they have nothing to sync.
 pub fn sync_folder(path: &Path) -> io::Result<()> {
@@ -139,7 +147,8 @@ pub fn discard_folder(path: &Path) -> Result<()> {
     match rename(path, &hidden) {
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
         Err(e) => Err(failed(e)),
-        Ok(()) => remove_folder(&hidden).map_err(failed),
+        // Synced, or a power loss could bring the name back with a part of what it held.
+        Ok(()) => sync_folder(parent(path)).and_then(|()| remove_folder(&hidden)).map_err(failed),
     }
 }
 

@@ -51,6 +51,11 @@ impl JsonLines {
         Ok(JsonLines { file, path: path.to_path_buf() })
     }
 
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Appends one object.
     pub fn write(&mut self, object: &Value) -> Result<()> {
         let mut line = object.to_string();

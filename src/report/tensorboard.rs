@@ -45,6 +45,11 @@ impl EventFile {
         Ok(events)
     }
 
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Writes `scalars` (tag, value) of one step.
     pub fn scalars<'a>(
         &mut self,

@@ -53,7 +53,7 @@ impl RunFolder {
         let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
         let _ = lock.set_len(0);
         let _ = writeln!(lock, "process {} on {}", std::process::id(), host.trim());
-        sweep(&root.join("checkpoints"))?;
+        sweep(root)?;
         Ok(RunFolder { root: root.to_path_buf(), _lock: Some(Arc::new(lock)) })
     }
 
@@ -198,10 +198,19 @@ pub fn read_manifest(place: &Path) -> Result<Value> {
     })
 }
 
-/// Removes what a killed run left half-written or half-removed: the hidden folders among the checkpoints.
-fn sweep(checkpoints: &Path) -> Result<()> {
-    let failed = |e: std::io::Error| Error::io(checkpoints, "clear what a killed run left", &e);
-    for entry in fs::read_dir(checkpoints).map_err(failed)? {
+/// Removes what a killed run left half-written or half-removed: hidden files in the run folder `root`, hidden folders among its
+/// checkpoints.
+fn sweep(root: &Path) -> Result<()> {
+    let failed = |e: std::io::Error| Error::io(root, "clear what a killed run left", &e);
+    for entry in fs::read_dir(root).map_err(failed)? {
+        let path = entry.map_err(failed)?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if name.starts_with('.') && name.ends_with(".tmp") {
+            disk::remove_file(&path).map_err(failed)?;
+        }
+    }
+    let checkpoints = root.join("checkpoints");
+    for entry in fs::read_dir(&checkpoints).map_err(failed)? {
         let path = entry.map_err(failed)?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let step = |end| name.strip_prefix(".step-").and_then(|rest| rest.strip_suffix(end));

@@ -12,7 +12,7 @@ use crate::report::jsonl::JsonLines;
 use crate::report::prometheus::PromFile;
 use crate::report::tensorboard::EventFile;
 use serde_json::{Value, json};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 /// A logged step.
@@ -241,6 +241,11 @@ impl Writers {
             prom: PromFile::new(folder),
             steps,
         })
+    }
+
+    /// The files whose lines a checkpoint makes durable.
+    pub fn lasting(&self) -> Vec<PathBuf> {
+        vec![self.lines.path().to_path_buf(), self.events.path().to_path_buf()]
     }
 
     /// Writes one step to all of them.

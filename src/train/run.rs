@@ -433,6 +433,7 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
 
     /// Waits for the checkpoint that is being written; all ranks hear whether it is on the disk.
     fn saved(&mut self) -> Result<()> {
+        let _range = trace::range("checkpoint");
         let ranks = self.trunk.ranks.clone();
         let saver = &mut self.saver;
         let place = ranks.lead(|| Ok(saver.wait()?.unwrap_or_default().into_os_string().into_vec()))?;
@@ -479,6 +480,7 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
             step,
             record: self.state.manifest(&session.identity, trunk.ranks.world()),
             snapshot,
+            logs: self.writers.as_ref().map(Writers::lasting).unwrap_or_default(),
             best,
             best_step: self.state.best.as_ref().map(|b| b.step),
             keep: self.settings.train.keep,

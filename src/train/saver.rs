@@ -5,6 +5,7 @@
 //! and one that failed ends the run, with the older ones untouched.
 
 use super::folder::RunFolder;
+use crate::disk;
 use crate::error::{Error, Result};
 use crate::model::checkpoint::Pointer;
 use crate::model::snapshot::Snapshot;
@@ -22,6 +23,8 @@ pub struct Save {
     pub record: Value,
     /// Its files.
     pub snapshot: Snapshot,
+    /// The run's logs, which are to reach as far as the checkpoint whatever happens then.
+    pub logs: Vec<PathBuf>,
     /// Is it the best so far?
     pub best: bool,
     /// The step of the best so far, which is kept whatever its age.
@@ -34,6 +37,12 @@ impl Save {
     /// Publishes, points to it, and only then removes older ones.
     fn run(self, folder: &RunFolder) -> Result<PathBuf> {
         let _range = trace::range("checkpoint write");
+        // A log that cannot be synced costs no checkpoint.
+        let _ = self
+            .logs
+            .iter()
+            .try_for_each(|log| disk::sync_file(log))
+            .and_then(|()| disk::sync_folder(folder.path()));
         let place = folder.publish(self.step, self.record, &self.snapshot)?;
         if self.best {
             folder.point(Pointer::Best, self.step)?;
