@@ -10,7 +10,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// Fields of a record that are no term of the loss; measures on validation cells begin with `val_`.
-pub const NOT_TERMS: [&str; 17] = [
+pub const NOT_TERMS: [&str; 18] = [
     "step",
     "steps",
     "time",
@@ -26,6 +26,7 @@ pub const NOT_TERMS: [&str; 17] = [
     "gflop_per_s",
     "peak_gflop_per_s",
     "bad_steps",
+    "spikes",
     "host_memory_bytes",
     "fraction_of_peak",
 ];

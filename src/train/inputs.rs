@@ -1,6 +1,6 @@
 //! What every stage opens first: corpus, vocabulary, checkpoint, split, run folder; and how an older run lends its split.
 
-use super::folder::{RunFolder, checkpoints, sha256_of, verify, write_atomically};
+use super::folder::{RunFolder, checkpoints, read_manifest, sha256_of, verify, write_atomically};
 use super::observer::Observer;
 use crate::backend::Choice;
 use crate::collective::Collective;
@@ -37,6 +37,17 @@ pub enum Resume {
     Last,
     /// Go on from the newest checkpoint that verifies; start afresh where there is none.
     Auto,
+}
+
+/// What a resumed run may meet otherwise than at its start. Each is refused unless it is allowed by name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Allowed {
+    /// Another corpus (`--allow-corpus`): it is divided anew by the run's rule, and its cells come from the first epoch on.
+    pub corpus: bool,
+    /// Another vocabulary of the same length (`--allow-vocabulary`): token ids keep their weights, whatever they mean now.
+    pub vocabulary: bool,
+    /// Other settings (`--allow-settings`); the sizes of the network stay.
+    pub settings: bool,
 }
 
 /// How cells are divided, as flags say it. With nothing said, the split of the checkpoint's run is taken over.
@@ -76,6 +87,8 @@ pub struct RunInputs {
     pub split: SplitFlags,
     /// Continue?
     pub resume: Resume,
+    /// And with what that is new?
+    pub allow: Allowed,
     /// Command that continues this run, for messages.
     pub resume_command: Option<String>,
     /// Settings besides the defaults.
@@ -102,6 +115,10 @@ pub struct Opened {
     pub settings: Settings,
     /// The division of the cells.
     pub split: Split,
+    /// Does a resumed run go on with another corpus than it was started with?
+    pub other_corpus: bool,
+    /// Or with other settings than the run folder has?
+    other_settings: bool,
 }
 
 /// Opens the inputs of `stage`. `default_rule` divides the cells where neither flags nor an older run say how.
@@ -121,9 +138,22 @@ pub fn open(
     let vocab = Vocab::load(corpus.path().join(VOCABULARY))?;
     let vocabulary = Vocabulary::of(&vocab);
     let start = inputs.checkpoint.as_deref().map(checkpoint::resolve).transpose()?;
+    // One rank looks, for all of them: they must not choose differently.
+    let resume = inputs.ranks.lead(|| {
+        let place = resume_point(inputs, observer)?;
+        Ok(place.map(|place| place.into_os_string().into_vec()).unwrap_or_default())
+    })?;
+    let resume = (!resume.is_empty()).then(|| PathBuf::from(OsString::from_vec(resume)));
+    let other_corpus = match &resume {
+        Some(place) => cells_met_again(place, &corpus, &vocab, inputs.allow)?,
+        None => false,
+    };
     let mut config = match (&start, &inputs.preset) {
         (Some(folder), None) => {
             let mut config = checkpoint::read_config(folder)?;
+            if resume.is_some() && inputs.allow.vocabulary {
+                config.vocabulary.digest = None;
+            }
             config.adopt_vocabulary(vocab.len(), &vocabulary)?;
             config
         }
@@ -132,19 +162,28 @@ pub fn open(
             return Err(Error::new(Code::FlagConflict, "name either a preset or a checkpoint to start from"));
         }
     };
-    // One rank looks, for all of them: they must not choose differently.
-    let resume = inputs.ranks.lead(|| {
-        let place = resume_point(inputs, observer)?;
-        Ok(place.map(|place| place.into_os_string().into_vec()).unwrap_or_default())
-    })?;
-    let resume = (!resume.is_empty()).then(|| PathBuf::from(OsString::from_vec(resume)));
-    let settings = effective(stage, inputs, &config, resume.is_some())?;
+    let (settings, other_settings) = match &resume {
+        Some(_) => resumed_settings(stage, inputs, &config, observer)?,
+        None => (inputs.sources.resolve(stage, &config)?, false),
+    };
     settings.model.apply_to(&mut config, start.is_some())?;
     if let Some(file) = &inputs.globals {
         config.globals = globals(file, &vocab, &config)?;
     }
     let split = divide(&corpus, inputs, &settings, default_rule, resume.is_some(), observer)?;
-    Ok(Opened { corpus, vocab, vocab_file, config, start, resume, settings, split })
+    let opened = Opened {
+        corpus,
+        vocab,
+        vocab_file,
+        config,
+        start,
+        resume,
+        settings,
+        split,
+        other_corpus,
+        other_settings,
+    };
+    Ok(opened)
 }
 
 impl Opened {
@@ -163,9 +202,14 @@ impl Opened {
         let folder = RunFolder::open(out)?;
         if self.resume.is_none() {
             folder.clear()?;
+        }
+        if self.resume.is_none() || self.other_settings {
             let text =
                 toml::to_string_pretty(&self.settings).map_err(|e| Error::bug(format!("settings: {e}")))?;
             write_atomically(&out.join(SETTINGS), text.as_bytes())?;
+        }
+        let of_another = || Ok(read_split(&out.join(SPLIT))?.corpus_digest != self.corpus.digest());
+        if self.resume.is_none() || of_another()? {
             let record =
                 serde_json::to_string_pretty(&self.split.record()).map_err(|e| Error::bug(e.to_string()))?;
             write_atomically(&out.join(SPLIT), format!("{record}\n").as_bytes())?;
@@ -264,11 +308,26 @@ const FREE: [&str; 7] = [
     "train.eval_cells",
 ];
 
-/// The effective settings; a resumed run takes those of its start and refuses others.
-fn effective(stage: Stage, inputs: &RunInputs, config: &ModelConfig, resumes: bool) -> Result<Settings> {
-    if !resumes {
-        return inputs.sources.resolve(stage, config);
-    }
+/// Settings that make a network what it is: its checkpoints have tensors of these sizes.
+const FIXED: [&str; 9] = [
+    "model.layers",
+    "model.width",
+    "model.heads",
+    "model.ffn",
+    "model.positions",
+    "model.embedding",
+    "model.value_bins",
+    "lora.rank",
+    "lora.targets",
+];
+
+/// The settings of a run that goes on: those of its start, and others where they are allowed. Are there such?
+fn resumed_settings(
+    stage: Stage,
+    inputs: &RunInputs,
+    config: &ModelConfig,
+    observer: &mut dyn Observer,
+) -> Result<(Settings, bool)> {
     let saved = inputs.out.join(SETTINGS);
     let of_start = Sources { config: Some(saved.clone()), ..Sources::default() }.resolve(stage, config)?;
     let mut sources = inputs.sources.clone();
@@ -280,8 +339,12 @@ fn effective(stage: Stage, inputs: &RunInputs, config: &ModelConfig, resumes: bo
         flatten("", &toml::Value::Table(table), &mut leaves);
         Ok(leaves)
     };
+    let mut others = false;
     for ((name, wanted), (_, found)) in flat(&of_start)?.into_iter().zip(flat(&now)?) {
-        if wanted != found && !FREE.contains(&name.as_str()) {
+        let other = wanted != found && !FREE.contains(&name.as_str());
+        let fixed = FIXED.contains(&name.as_str());
+        if other && (fixed || !inputs.allow.settings) {
+            let or = if fixed { "" } else { ", or add --allow-settings to go on with it" };
             return Err(Error::new(
                 Code::ResumeOther,
                 format!("setting {name} differs from the run's start"),
@@ -289,10 +352,35 @@ fn effective(stage: Stage, inputs: &RunInputs, config: &ModelConfig, resumes: bo
             .at(saved.display())
             .found(found)
             .wanted(wanted)
-            .next("leave it out to continue the run, or start another with another --out"));
+            .next(format!("leave it out to continue the run, start another with another --out{or}")));
         }
+        if other {
+            observer.note(&format!("setting {name} is {found} from here on; it was {wanted}"));
+        }
+        others |= other;
     }
-    Ok(now)
+    Ok((now, others))
+}
+
+/// Meets the corpus and the vocabulary of the checkpoint at `place` with the present ones. True where the corpus is another.
+fn cells_met_again(place: &Path, corpus: &Corpus, vocab: &Vocab, allow: Allowed) -> Result<bool> {
+    let identity = &read_manifest(place)?["identity"];
+    let others = |name: &str, digest: &str| identity[name].as_str().is_some_and(|theirs| theirs != digest);
+    let now = [("corpus", corpus.digest(), allow.corpus), ("vocabulary", vocab.digest(), allow.vocabulary)];
+    let others = now.map(|(name, digest, allowed)| (name, digest, allowed, others(name, digest)));
+    if let Some((name, digest, ..)) = others.iter().find(|(_, _, allowed, other)| *other && !allowed) {
+        let flags: Vec<_> =
+            others.iter().filter(|o| o.3).map(|(name, ..)| format!("--allow-{name}")).collect();
+        return Err(Error::new(Code::ResumeOther, format!("the run was started with another {name}"))
+            .at(place.display())
+            .found(digest)
+            .wanted(identity[*name].as_str().unwrap_or_default())
+            .next(format!(
+                "give the {name} of the run's start, start another run with another --out, or go on with this one: {}",
+                flags.join(" ")
+            )));
+    }
+    Ok(others[0].3)
 }
 
 fn flatten(path: &str, value: &toml::Value, leaves: &mut Vec<(String, String)>) {
@@ -324,9 +412,6 @@ fn divide(
         labels_per_class: flags.labels_per_class,
         seed: settings.seed,
     };
-    if resumes {
-        return Split::restore(corpus, &read_split(&inputs.out.join(SPLIT))?);
-    }
     let rule = match (&flags.split, &flags.holdout) {
         (Some(_), Some(_)) => {
             return Err(Error::new(Code::FlagConflict, "--split and --holdout exclude each other"));
@@ -335,6 +420,21 @@ fn divide(
         (None, Some(text)) => Some(SplitRule::parse_holdout(text, flags.validation)?),
         (None, None) => None,
     };
+    if resumes {
+        let record = read_split(&inputs.out.join(SPLIT))?;
+        same_division(flags, rule.as_ref(), &record.spec)?;
+        if !inputs.allow.corpus || record.corpus_digest == corpus.digest() {
+            return Split::restore(corpus, &record);
+        }
+        let split = Split::make(corpus, &record.spec)?;
+        observer.note(&format!(
+            "another corpus, divided by the run's rule: {} train, {} validation, {} test",
+            split.train.len(),
+            split.val.len(),
+            split.test.len()
+        ));
+        return Ok(split);
+    }
     let split = match (rule, inherited(inputs.checkpoint.as_deref(), corpus)?) {
         (Some(rule), _) => Split::make(corpus, &spec(rule))?,
         (None, Some((place, record))) => {
@@ -351,6 +451,32 @@ fn divide(
         split.test.len()
     ));
     Ok(split)
+}
+
+/// Refuses flags that ask a resumed run for another division than its own.
+fn same_division(flags: &SplitFlags, rule: Option<&SplitRule>, spec: &SplitSpec) -> Result<()> {
+    let others = [
+        ("--split or --holdout", rule.is_some_and(|rule| *rule != spec.rule)),
+        ("--label", flags.label.is_some() && flags.label != spec.label),
+        ("--exclude-label", !flags.exclude.is_empty() && flags.exclude != spec.exclude),
+        (
+            "--labels-per-class",
+            flags.labels_per_class.is_some() && flags.labels_per_class != spec.labels_per_class,
+        ),
+    ];
+    let Some((flag, _)) = others.iter().find(|(_, other)| *other) else { return Ok(()) };
+    let json = |spec: &SplitSpec| serde_json::to_string(spec).unwrap_or_default();
+    let asked = SplitSpec {
+        rule: rule.unwrap_or(&spec.rule).clone(),
+        label: flags.label.clone().or(spec.label.clone()),
+        exclude: flags.exclude.clone(),
+        labels_per_class: flags.labels_per_class,
+        seed: spec.seed,
+    };
+    Err(Error::new(Code::ResumeOther, format!("the run was started with another {flag}"))
+        .found(json(&asked))
+        .wanted(json(spec))
+        .next("leave it out to continue the run, or start another with another --out"))
 }
 
 /// The split of the run that `checkpoint` belongs to, where it divided this corpus.

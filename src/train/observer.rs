@@ -36,6 +36,10 @@ pub trait Observer {
         let _ = step;
         false
     }
+    /// Fault injection: a number to put into this step's gradient?
+    fn spikes(&self, step: u64) -> Option<f32> {
+        self.poisons(step).then_some(f32::NAN)
+    }
 }
 
 /// Watches nothing.
