@@ -18,6 +18,7 @@
 //! | [`train`] | steps, schedules, optimiser, run folders, resume |
 //! | [`eval`] | embeddings (`.npy`, Parquet, into a copy of the `.h5ad`), metrics, probes, splits, zero-shot annotation |
 //! | [`report`], [`mod@bench`] | run records; timings against counted floors |
+//! | [`lock`] | one writer to a folder |
 //! | [`trace`] | ranges of time for Perfetto and NVTX |
 //! | [`cli`] | one file per command |
 //!
@@ -47,6 +48,7 @@ pub mod eval;
 pub mod export;
 pub mod genes;
 pub mod import;
+pub mod lock;
 pub mod model;
 pub mod objective;
 pub mod ops;

@@ -64,6 +64,9 @@ pub struct ResumeFlag {
     /// With --resume: go on with the settings that --set, --config and the environment say now, where they differ.
     #[arg(long, requires = "resume")]
     allow_settings: bool,
+    /// Take over a run folder whose writer was killed on another host.
+    #[arg(long)]
+    force_unlock: bool,
 }
 
 impl ResumeFlag {
@@ -118,6 +121,7 @@ pub fn inputs(
         split,
         resume: resume.mode(),
         allow: resume.allowed(),
+        force_unlock: resume.force_unlock,
         resume_command: Some(resume_command()),
         sources: Sources::of_process(global.config.clone(), global.set.clone(), global.seed),
         ..RunInputs::default()

@@ -162,6 +162,10 @@ impl Error {
     pub fn found_text(&self) -> Option<&str> {
         self.0.found.as_deref()
     }
+    /// What would have been right, where it was said.
+    pub fn wanted_text(&self) -> Option<&str> {
+        self.0.wanted.as_deref()
+    }
     /// The next step, where one was given.
     pub fn next_text(&self) -> Option<&str> {
         self.0.next.as_deref()

@@ -6,51 +6,45 @@
 //! a convenience, never believed without the manifest behind them.
 
 use crate::error::{Code, Error, Result};
+use crate::lock::Lock;
 use crate::model::checkpoint::{self, Pointer, write_synced};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::fs::{self, File};
-use std::io::{Read, Write};
-use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
 /// Name of a checkpoint's manifest.
 pub const MANIFEST: &str = "state.json";
+/// Name of the lock file.
+const LOCK: &str = ".lock";
+/// What it locks.
+const WHAT: &str = "run folder";
 
 /// An open run folder, locked for as long as this lives.
 #[derive(Debug)]
 pub struct RunFolder {
     root: PathBuf,
     /// Holds the lock; the leading rank's.
-    _lock: Option<File>,
+    _lock: Option<Lock>,
 }
 
 impl RunFolder {
-    /// Opens or creates `root` and locks it. A second writer is refused (exit 4) with the holder's process id.
+    /// Opens or creates `root` and locks it. A second writer is refused (exit 4) with the holder's process, host and time.
     pub fn open(root: &Path) -> Result<RunFolder> {
         fs::create_dir_all(root.join("checkpoints"))
             .map_err(|e| Error::io(root, "create the run folder", &e))?;
-        let path = root.join(".lock");
-        let mut lock = File::options()
-            .create(true)
-            .truncate(false)
-            .read(true)
-            .write(true)
-            .open(&path)
-            .map_err(|e| Error::io(&path, "open the lock file", &e))?;
-        // SAFETY: flock takes a descriptor that `lock` keeps open, and touches no memory.
-        if unsafe { libc::flock(lock.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } != 0 {
-            let mut holder = String::new();
-            let _ = lock.read_to_string(&mut holder);
-            return Err(Error::new(Code::AnotherWriter, "another process writes this run folder")
-                .at(root.display())
-                .found(holder.trim())
-                .next("wait for it, or choose another --out"));
-        }
-        let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-        let _ = lock.set_len(0);
-        let _ = writeln!(lock, "process {} on {}", std::process::id(), host.trim());
+        let lock = Lock::take(&root.join(LOCK), WHAT)?;
         Ok(RunFolder { root: root.to_path_buf(), _lock: Some(lock) })
+    }
+
+    /// Is the folder free for [`RunFolder::open`]? Asked before a run's inputs are read. Under `force`, the name that a writer of
+    /// another host left is taken out.
+    pub fn look(root: &Path, force: bool) -> Result<()> {
+        let path = root.join(LOCK);
+        if force {
+            Lock::force(&path)?;
+        }
+        Lock::look(&path, WHAT)
     }
 
     /// The folder as a rank sees it that leaves the writing to the leading one.

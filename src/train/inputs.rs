@@ -89,6 +89,8 @@ pub struct RunInputs {
     pub resume: Resume,
     /// And with what that is new?
     pub allow: Allowed,
+    /// Take the lock that a writer of another host left?
+    pub force_unlock: bool,
     /// Command that continues this run, for messages.
     pub resume_command: Option<String>,
     /// Settings besides the defaults.
@@ -264,8 +266,9 @@ fn globals(file: &Path, vocab: &Vocab, config: &ModelConfig) -> Result<Vec<u32>>
     Ok(RawSets::load(file, vocab, None)?.all()?.genes())
 }
 
-/// The checkpoint that a resumed run continues from.
+/// The checkpoint that a resumed run continues from. A folder that another process writes is refused here, before anything is read.
 fn resume_point(inputs: &RunInputs, observer: &mut dyn Observer) -> Result<Option<PathBuf>> {
+    RunFolder::look(&inputs.out, inputs.force_unlock)?;
     let found = checkpoints(&inputs.out)?;
     match inputs.resume {
         Resume::No if !found.is_empty() => {

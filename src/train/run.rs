@@ -180,7 +180,7 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
 
         let (losses, work) = self.gradients(&batches, logs)?;
         if let Some(value) = self.session.observer.spikes(step) {
-            self.trunk.dev.write(self.trunk.grads.flat_mut(), &[value])?;
+            self.inject(value)?;
         }
         let learning_rate = self.settings.optimizer.learning_rate * self.schedule.factor(step - 1);
         self.sum_over_ranks()?;

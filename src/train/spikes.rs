@@ -130,7 +130,7 @@ mod tests {
         };
         assert!(of(5.0).take(5.4, 9.0).is_none() && of(5.0).take(5.5, 9.0).is_some());
         assert!(of(0.0).take(1.0, 9.0).is_none());
-        assert!(of(1e300).take(1e301, 9.0).is_some_and(|spike| spike.z.is_finite() || spike.z > 9.0));
+        assert!(of(1e40).take(1e41, 9.0).is_some_and(|spike| spike.z.is_finite()));
     }
 
     #[test]

@@ -3,9 +3,16 @@
 
 #[path = "../common/faults.rs"]
 mod faults;
+#[path = "../common/h5ad.rs"]
+mod h5ad;
 #[path = "../common/typed_cells.rs"]
 mod typed_cells;
 
+mod bits;
+mod edges;
+mod numbers;
 mod others;
 mod place;
+mod signals;
 mod spikes;
+mod writers;

@@ -54,6 +54,17 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
         Ok(Some(norm))
     }
 
+    /// Puts `value` into one element of the gradient, of a weight that learns in this run.
+    pub(super) fn inject(&mut self, value: f32) -> Result<()> {
+        let trunk = &mut *self.trunk;
+        let adapted = |name: &str| trunk.adapters.is_some() && name == "layer.0.qkv_weight";
+        let list = trunk.params.layout().list();
+        let place = list.iter().find(|(p, _)| adapted(&p.name)).map_or(0, |(_, range)| range.start);
+        let mut gradient = trunk.dev.download(trunk.grads.flat())?;
+        gradient[place] = value;
+        trunk.dev.write(trunk.grads.flat_mut(), &gradient)
+    }
+
     /// Of the gradient averaged over the step's logical batches.
     fn mean_norm(&self, scalars: &[f64]) -> f64 {
         scalars[NORM_SLOT].sqrt() / self.settings.train.accumulate as f64
