@@ -6,6 +6,7 @@ use super::place::*;
 use cellrefine::corpus::Corpus;
 use cellrefine::error::Code;
 use cellrefine::train::stages;
+use std::path::{Path, PathBuf};
 
 #[test]
 fn a_nan_on_one_rank_is_skipped_by_all_and_leaves_everything_as_it_was() {
@@ -139,21 +140,27 @@ fn memory_that_is_not_there_ends_a_run_before_its_first_step() {
     );
 }
 
-/// A libcuda that says of itself what `init`, `version` and `count` are; nothing else of it answers.
-fn mock_driver(
-    place: &Place,
-    name: &str,
+/// A driver as a library that answers three questions about itself.
+struct Mock {
+    name: &'static str,
+    /// What asking for the version returns, and the version.
     version: (i32, i32),
+    /// What starting it returns.
     init: i32,
-    count: i32,
-) -> Option<std::path::PathBuf> {
+    gpus: i32,
+    /// What `doctor` says of it.
+    says: &'static [&'static str],
+}
+
+/// Its folder, for LD_LIBRARY_PATH; nothing where there is no C compiler.
+fn mock_driver(place: &Place, mock: &Mock) -> Option<PathBuf> {
+    let Mock { name, version: (answer, number), init, gpus, .. } = mock;
     let folder = place.root.join(name);
     std::fs::create_dir(&folder).unwrap();
-    let (answer, number) = version;
     let source = format!(
         "int cuInit(unsigned f) {{ return {init}; }}\n\
          int cuDriverGetVersion(int *v) {{ *v = {number}; return {answer}; }}\n\
-         int cuDeviceGetCount(int *n) {{ *n = {count}; return 0; }}\n"
+         int cuDeviceGetCount(int *n) {{ *n = {gpus}; return 0; }}\n"
     );
     std::fs::write(folder.join("cuda.c"), source).unwrap();
     let library = folder.join("libcuda.so.1");
@@ -172,7 +179,7 @@ fn a_driver_that_is_missing_old_or_broken_is_named() {
     let place = Place::new();
     let mut lost = Lost::default();
     let mut tried = 0;
-    let mut check = |name: &str, folder: Option<&std::path::Path>, parts: &[&str]| {
+    let mut check = |name: &str, folder: Option<&Path>, parts: &[&str]| {
         let run = |words: &str| {
             let mut command = place.command(words);
             if let Some(folder) = folder {
@@ -213,17 +220,17 @@ fn a_driver_that_is_missing_old_or_broken_is_named() {
     if text(&there.stdout).contains("no NVIDIA driver") {
         check("none", None, &["no NVIDIA driver (libcuda.so.1 cannot be loaded)", "wanted: driver r580"]);
     }
-    let mocks: [(&str, (i32, i32), i32, i32, &[&str]); 6] = [
-        ("old", (0, 12_080), 0, 1, &["the NVIDIA driver is too old (CUDA 12.8)", "wanted: CUDA 13.0"]),
-        ("no-device", (0, 13_000), 100, 0, &["CUDA_ERROR_NO_DEVICE"]),
-        ("none-counted", (0, 13_000), 0, 0, &["no NVIDIA GPU", "0 devices"]),
-        ("mismatch", (0, 13_010), 803, 1, &["CUDA_ERROR_SYSTEM_DRIVER_MISMATCH (803)"]),
-        ("stub", (34, 0), 34, 0, &["CUDA_ERROR_STUB_LIBRARY (34)"]),
-        ("fallen-off", (0, 13_000), 999, 1, &["(999)"]),
-    ];
-    for (name, version, init, count, parts) in mocks {
-        if let Some(folder) = mock_driver(&place, name, version, init, count) {
-            check(name, Some(&folder), parts);
+    let mock = |name, version, init, gpus, says| Mock { name, version, init, gpus, says };
+    for mock in [
+        mock("old", (0, 12_080), 0, 1, &["the NVIDIA driver is too old (CUDA 12.8)", "wanted: CUDA 13.0"]),
+        mock("no-device", (0, 13_000), 100, 0, &["CUDA_ERROR_NO_DEVICE"]),
+        mock("none-counted", (0, 13_000), 0, 0, &["no NVIDIA GPU", "0 devices"]),
+        mock("mismatch", (0, 13_010), 803, 1, &["CUDA_ERROR_SYSTEM_DRIVER_MISMATCH (803)"]),
+        mock("stub", (34, 0), 34, 0, &["CUDA_ERROR_STUB_LIBRARY (34)"]),
+        mock("fallen-off", (0, 13_000), 999, 1, &["(999)"]),
+    ] {
+        if let Some(folder) = mock_driver(&place, &mock) {
+            check(mock.name, Some(&folder), mock.says);
         }
     }
     report(
