@@ -56,3 +56,4 @@ pub mod report;
 pub mod rng;
 pub mod trace;
 pub mod train;
+mod whole_file;

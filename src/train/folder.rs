@@ -5,9 +5,11 @@
 //! loss at any moment leaves the ones before it. `best` and `last` hold a checkpoint's name and are replaced by rename; they are
 //! a convenience, never believed without the manifest behind them.
 
+use super::sealed;
 use crate::error::{Code, Error, Result};
 use crate::lock::Lock;
 use crate::model::checkpoint::{self, Pointer, write_synced};
+use crate::whole_file;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::fs::{self, File};
@@ -155,16 +157,11 @@ pub fn verify(place: &Path) -> Result<Value> {
     Ok(manifest)
 }
 
-/// The manifest of the checkpoint at `place`, unchecked.
+/// The manifest of the checkpoint at `place`; of the files that it names nothing is checked.
 pub fn read_manifest(place: &Path) -> Result<Value> {
     let path = place.join(MANIFEST);
-    let text =
-        fs::read_to_string(&path).map_err(|e| Error::io(&path, "read the checkpoint's manifest", &e))?;
-    serde_json::from_str(&text).map_err(|e| {
-        Error::new(Code::CheckpointDamaged, "the checkpoint's manifest is not JSON")
-            .at(path.display())
-            .found(e.to_string())
-    })
+    let text = whole_file::read_text(&path, "read the checkpoint's manifest", sealed::MAX_BYTES)?;
+    sealed::read(&text, &path)
 }
 
 /// Syncs every file of `folder`, writes its manifest, syncs that and the folder.
@@ -177,7 +174,7 @@ fn seal(folder: &Path, mut record: Value) -> Result<()> {
         files.insert(name, serde_json::json!({"bytes": bytes, "sha256": sha256(&path)?}));
     }
     record["files"] = Value::Object(files);
-    write_synced(&folder.join(MANIFEST), format!("{record:#}\n").as_bytes())?;
+    write_synced(&folder.join(MANIFEST), sealed::text(record).as_bytes())?;
     sync(folder)
 }
 

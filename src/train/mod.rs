@@ -30,6 +30,7 @@ pub mod refine;
 pub mod refine_start;
 pub mod run;
 pub mod schedule;
+mod sealed;
 pub mod shard;
 pub mod spikes;
 pub mod stages;

@@ -566,7 +566,10 @@ fn restore<B: Backend<A>, A: Act>(
     }
     read_moments(&trunk.dev, place, moments)?;
     let other_corpus = manifest["identity"]["corpus"] != session.identity["corpus"];
-    goes_on(session, &mut state, sampler, other_corpus)?;
+    goes_on(session, &mut state, sampler, other_corpus).map_err(|e| match e.place() {
+        Some(_) => e,
+        None => e.at(place.display()),
+    })?;
     Ok(state)
 }
 
