@@ -108,6 +108,9 @@ impl Error {
             K::NotFound => Code::FileMissing,
             K::PermissionDenied => Code::FileForbidden,
             K::IsADirectory | K::NotADirectory => Code::FileKind,
+            // No file can have such a name, or the name leads round in circles.
+            K::InvalidInput | K::InvalidFilename => Code::FileMissing,
+            _ if e.raw_os_error() == Some(libc::ELOOP) => Code::FileMissing,
             K::InvalidData | K::UnexpectedEof => Code::FileCut,
             K::StorageFull | K::QuotaExceeded | K::FileTooLarge => Code::DiskFull,
             _ => Code::FileSystem,

@@ -16,6 +16,7 @@ use super::weights::{Classification, Classifier, Network, Parameter, Parts};
 use crate::device::{Act, Device};
 use crate::error::{Code, Error, Result};
 use crate::ops::adamw::AdamW;
+use crate::whole_file;
 use serde_json::{Value, json};
 use std::fs::{self, File};
 use std::io::Write as _;
@@ -27,6 +28,8 @@ pub const CONFIG: &str = "config.json";
 pub const VOCABULARY: &str = "vocab.tsv";
 const CLASSIFIER: &str = "classifier.safetensors";
 const CLASSES: &str = "classifier.json";
+/// Settings and class names are pages of text.
+const JSON_MAX_BYTES: u64 = 64 << 20;
 
 /// A pointer of a run folder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -209,7 +212,7 @@ pub fn read_config(folder: &Path) -> Result<ModelConfig> {
 
 fn read_json(folder: &Path) -> Result<Value> {
     let path = folder.join(CONFIG);
-    let text = fs::read(&path).map_err(|e| Error::io(&path, "read the model's settings", &e))?;
+    let text = whole_file::read(&path, "read the model's settings", JSON_MAX_BYTES)?;
     serde_json::from_slice(&text).map_err(|e| {
         Error::new(Code::NotJson, "not valid JSON")
             .at(path.display())
@@ -415,7 +418,7 @@ pub fn read_classifier(folder: &Path, width: usize) -> Result<Option<LoadedClass
     if !path.exists() {
         return Ok(None);
     }
-    let text = fs::read(&path).map_err(|e| Error::io(&path, "read the class names", &e))?;
+    let text = whole_file::read(&path, "read the class names", JSON_MAX_BYTES)?;
     let bad = |found: String| {
         Error::new(Code::CheckpointDamaged, "the class names cannot be read").at(path.display()).found(found)
     };

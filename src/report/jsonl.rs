@@ -4,11 +4,14 @@
 //! A torn last line (the machine went down in the middle of a write) is dropped with them.
 
 use crate::error::{Error, Result};
+use crate::whole_file;
 use serde_json::Value;
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+/// Two million records.
+pub(super) const MAX_BYTES: u64 = 1 << 30;
 /// Fields of a record that are no term of the loss; measures on validation cells begin with `val_`.
 pub const NOT_TERMS: [&str; 18] = [
     "step",
@@ -69,7 +72,7 @@ impl JsonLines {
 
 /// The objects of `path`; lines that are not JSON are left out.
 pub fn read(path: &Path) -> Result<Vec<Value>> {
-    let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, "read the run record", &e))?;
+    let text = whole_file::read_text(path, "read the run record", MAX_BYTES)?;
     Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect())
 }
 
