@@ -292,8 +292,9 @@ pub fn load<B: AdamW<A>, A: Act>(
     }
     let file = WeightFiles::open(folder)?;
     let headless = is_headless(folder, &file)?;
+    // Before anything is allocated: the sizes are those of the file that holds them.
+    check_names(&file, &Layout::network(&config).list(), fresh_values, headless)?;
     let mut params = Parameters::zeros(dev, &config)?;
-    check_names(&file, &params.layout().list(), fresh_values, headless)?;
     params.write_with(dev, |dev, master, layout| {
         let buffers = Network::list(Network::as_mut(master.named_mut()));
         for (index, ((parameter, _), buf)) in layout.list().into_iter().zip(buffers).enumerate() {

@@ -294,7 +294,7 @@ fn damage(kind: &Kind, plan: Plan, n: usize, files: &[Vec<u8>], lens: Option<&[u
     let case = |file, bytes| hostile::Case { file, damage: Damage::Bytes(bytes), ..hostile::Case::default() };
     let Some(lens) = lens else {
         let file = n % files.len();
-        return case(file, mutate::mutant(&files[file], n as u32, 0x5eed ^ kind.name.len() as u64));
+        return case(file, mutate::mutant(&files[file], n as u32, mutate::seed(kind)));
     };
     let (mut file, mut at) = (0, n);
     while at >= lens[file] {

@@ -1,6 +1,7 @@
 //! Files that mean harm, one by one: what no mutation finds by chance. Each is read like a mutant, in a child with bounded memory.
 
 use super::kinds::{self, Kind};
+use super::mutate::{mutant, seed};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
@@ -72,6 +73,12 @@ pub fn cases(kind: &Kind, sample: &Path) -> Vec<Case> {
             ("ids of no order", b"# cellrefine-vocabulary 1\ntoken\tid\tmedian\n<pad>\t7\t0\n".to_vec()),
         ],
         "gene_map" => vec![("bomb", gzip_of("S0\tENSG00000000100\n")), ("of no pair", b"a\tb\n".to_vec())],
+        // Found by mutation: a chunk whose entry claims 480 MB of a file of 30 kB.
+        "tenx_v2" => vec![(
+            "a chunk beyond the file",
+            mutant(&std::fs::read(sample.join("x.h5")).unwrap(), 1711, seed(kind)),
+        )],
+        "model" => configs(&std::fs::read_to_string(sample.join("config.json")).unwrap()),
         "safetensors" => safetensors(&std::fs::read(sample.join("t.safetensors")).unwrap()),
         "model_sharded" => indexes(&std::fs::read_to_string(sample.join(kind.damaged[0])).unwrap()),
         "dataset" => arrow(&std::fs::read(sample.join(kind.damaged[0])).unwrap()),
@@ -193,6 +200,25 @@ fn safetensors(whole: &[u8]) -> Vec<(&'static str, Vec<u8>)> {
             ),
         ),
     ]
+}
+
+/// Sizes that a network cannot have, of which lists and buffers would be made.
+fn configs(text: &str) -> Vec<(&'static str, Vec<u8>)> {
+    let mut all = Vec::new();
+    for (field, what) in [
+        ("num_hidden_layers", "four billion layers"),
+        ("hidden_size", "a width of four billion"),
+        ("vocab_size", "a vocabulary of four billion"),
+        ("intermediate_size", "a feed-forward width of four billion"),
+        ("num_attention_heads", "four billion heads"),
+        ("max_position_embeddings", "four billion positions"),
+    ] {
+        let mut json: serde_json::Value = serde_json::from_str(text).unwrap();
+        assert!(json[field].is_u64(), "{field} not in {text}");
+        json[field] = 4294967296u64.into();
+        all.push((what, json.to_string().into_bytes()));
+    }
+    all
 }
 
 fn indexes(text: &str) -> Vec<(&'static str, Vec<u8>)> {

@@ -4,6 +4,7 @@
 //! value nests five thousand deep), since flipped bits seldom get past a parser. What is packed with gzip is damaged inside as
 //! often as outside.
 
+use super::kinds::Kind;
 use cellrefine::rng::Philox;
 use std::io::{Read, Write};
 
@@ -76,6 +77,11 @@ pub fn cuts(bytes: &[u8]) -> Vec<usize> {
         [1, 2, 3, 4, 8].into_iter().filter_map(|n| bytes.len().checked_sub(n)).filter(|n| *n >= dense),
     );
     all
+}
+
+/// The seed of a kind's mutants.
+pub fn seed(kind: &Kind) -> u64 {
+    0x5eed ^ kind.name.len() as u64
 }
 
 /// The `n`-th mutant of `whole`.
