@@ -215,7 +215,7 @@ fn configs(text: &str) -> Vec<(&'static str, Vec<u8>)> {
     ] {
         let mut json: serde_json::Value = serde_json::from_str(text).unwrap();
         assert!(json[field].is_u64(), "{field} not in {text}");
-        json[field] = 4294967296u64.into();
+        json[field] = u32::MAX.into();
         all.push((what, json.to_string().into_bytes()));
     }
     all
