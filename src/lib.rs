@@ -19,6 +19,7 @@
 //! | [`eval`] | embeddings (`.npy`, Parquet, into a copy of the `.h5ad`), metrics, probes, splits, zero-shot annotation |
 //! | [`report`], [`mod@bench`] | run records; timings against counted floors |
 //! | [`disk`] | durable files: written beside, synced, renamed; faults on purpose |
+//! | [`lock`] | one writer to a folder |
 //! | [`trace`] | ranges of time for Perfetto and NVTX |
 //! | [`cli`] | one file per command |
 //!
@@ -49,6 +50,7 @@ pub mod eval;
 pub mod export;
 pub mod genes;
 pub mod import;
+pub mod lock;
 pub mod model;
 pub mod objective;
 pub mod ops;
@@ -56,3 +58,4 @@ pub mod report;
 pub mod rng;
 pub mod trace;
 pub mod train;
+mod whole_file;

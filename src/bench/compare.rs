@@ -2,15 +2,19 @@
 
 use super::round4;
 use crate::error::{Code, Error, Result};
+use crate::whole_file;
 use serde_json::{Value, json};
 use std::path::Path;
+
+/// A report is a few kilobytes.
+const MAX_BYTES: u64 = 64 << 20;
 
 /// Adds `compared` to `report`: for each case also found in `old`, the old and new milliseconds and their ratio.
 ///
 /// # Errors
 /// Input: not a report. Environment: some case takes more than `1 + fail_above` of its old time.
 pub fn compare(report: &mut Value, old: &Path, fail_above: Option<f64>) -> Result<()> {
-    let text = std::fs::read(old).map_err(|e| Error::io(old, "read the earlier report", &e))?;
+    let text = whole_file::read(old, "read the earlier report", MAX_BYTES)?;
     let wanted = "a report printed by cellrefine bench --json";
     let earlier: Value = serde_json::from_slice(&text)
         .map_err(|e| Error::new(Code::NotJson, "not valid JSON").at(old.display()).found(e).wanted(wanted))?;

@@ -8,7 +8,11 @@ use crate::corpus::Corpus;
 use crate::error::{Code, Error, Result};
 use crate::model::Preset;
 use crate::rng::{Philox, site};
+use crate::whole_file;
 use std::path::Path;
+
+/// Ten million cells.
+const MAX_BYTES: u64 = 64 << 20;
 
 /// Shortest cell of a mixture.
 const SHORTEST: usize = 20;
@@ -95,7 +99,7 @@ fn fill(tokens: usize, mut next: impl FnMut() -> usize) -> Vec<usize> {
 /// # Errors
 /// Input: a word that is no length, no length at all.
 pub fn read(file: &Path) -> Result<Vec<usize>> {
-    let text = std::fs::read_to_string(file).map_err(|e| Error::io(file, "read the lengths", &e))?;
+    let text = whole_file::read_text(file, "read the lengths", MAX_BYTES)?;
     let lengths = text
         .split(|c: char| c == ',' || c.is_whitespace())
         .filter(|word| !word.is_empty())

@@ -70,7 +70,7 @@ pub(super) fn report(error: Error) -> Error {
             "send in the report file: it holds the command line and facts about the machine, none of your data",
         ),
         None => {
-            eprintln!("{text}");
+            super::complain(&text);
             error.next("send in the lines above: they hold the command line and facts about the machine")
         }
     }

@@ -150,10 +150,11 @@ impl Cuda {
 
     /// (name, what is there or what is missing) of each part.
     fn parts(&self) -> [(&'static str, String); 5] {
-        let missing = |e: &Error| match (e.found_text(), e.next_text()) {
-            (Some(found), Some(next)) => format!("missing: {} ({found}); {next}", e.what()),
-            (Some(found), None) => format!("missing: {} ({found})", e.what()),
-            _ => format!("missing: {}", e.what()),
+        let missing = |e: &Error| {
+            let found = e.found_text().map_or(String::new(), |found| format!(" ({found})"));
+            let wanted = e.wanted_text().map_or(String::new(), |wanted| format!("; wanted: {wanted}"));
+            let next = e.next_text().map_or(String::new(), |next| format!("; {next}"));
+            format!("missing: {}{found}{wanted}{next}", e.what())
         };
         let kernels = format!("{} kernels", kernel_count());
         [

@@ -1,6 +1,7 @@
 //! `cellrefine merge`.
 
 use super::{Global, Output};
+use crate::corpus::force_unlock;
 use crate::corpus::merge::merge;
 use crate::error::Result;
 use serde_json::json;
@@ -22,9 +23,15 @@ pub struct Flags {
     /// The corpus to make; must not exist.
     #[arg(long, value_name = "OUT.cells")]
     out: PathBuf,
+    /// Take over what a writer that was killed on another host left of this corpus.
+    #[arg(long)]
+    force_unlock: bool,
 }
 
 pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
+    if flags.force_unlock {
+        force_unlock(&flags.out)?;
+    }
     let progress = global.progress("linking shards", None);
     let outcome = merge(&flags.inputs, &flags.out, &|n| progress.add(n));
     progress.finish();

@@ -110,7 +110,7 @@ impl Global {
     /// A note on stderr, unless `--quiet`.
     pub fn note(&self, text: impl std::fmt::Display) {
         if self.talks() {
-            eprintln!("{text}");
+            complain(text);
         }
     }
     /// A progress bar (a terminal) or a line every few seconds (no terminal); silent under `--quiet`.
@@ -265,7 +265,7 @@ pub fn main() -> u8 {
                 print(&e.to_json().to_string());
             }
             if let Some(text) = ranks::said(&e) {
-                eprintln!("{text}");
+                complain(text);
             }
             e.kind().exit_code()
         }
@@ -287,8 +287,13 @@ fn wrong_usage(e: &clap::Error) -> u8 {
     }
     let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
     let text = if colour { e.render().ansi().to_string() } else { plain };
-    eprint!("{}", text.replacen("error:", &format!("error[{}]:", error.code()), 1));
+    complain(text.replacen("error:", &format!("error[{}]:", error.code()), 1).trim_end_matches('\n'));
     error.kind().exit_code()
+}
+
+/// A line on stderr. Whoever listened there may have gone (`2>&1 | head`): that ends no training, as `eprintln!` would.
+pub(crate) fn complain(text: impl std::fmt::Display) {
+    let _ = writeln!(std::io::stderr(), "{text}");
 }
 
 /// Writes to stdout; a closed pipe (`cellrefine … | head`) is no failure.
@@ -298,7 +303,7 @@ fn print(text: &str) -> u8 {
     match write!(out, "{text}{newline}").and_then(|()| out.flush()) {
         Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {
             let e = Error::io("stdout", "write the result", &e);
-            eprintln!("error[{}]: {e}", e.code());
+            complain(format_args!("error[{}]: {e}", e.code()));
             e.kind().exit_code()
         }
         _ => 0,

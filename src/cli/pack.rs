@@ -1,6 +1,7 @@
 //! `cellrefine pack`.
 
 use super::{Global, Output};
+use crate::corpus::force_unlock;
 use crate::corpus::part::Part;
 use crate::error::{Code, Error, Result};
 use crate::genes::mapping::SymbolMap;
@@ -81,6 +82,9 @@ pub struct Flags {
     /// Pack one part of N alone, counted from 0, for an array job; `merge` joins the parts.
     #[arg(long, value_name = "I/N", value_parser = Part::parse)]
     shard: Option<Part>,
+    /// Take over what a writer that was killed on another host left of this corpus.
+    #[arg(long)]
+    force_unlock: bool,
 }
 
 fn parse_pair(text: &str) -> std::result::Result<(String, String), String> {
@@ -112,6 +116,9 @@ pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
         return Err(Error::new(Code::FlagValue, "--min-gene-match is a share")
             .found(flags.min_gene_match)
             .wanted("0 to 1"));
+    }
+    if flags.force_unlock {
+        force_unlock(&flags.out)?;
     }
     let vocab = Vocab::load(&flags.vocab)?;
     let gene_map = flags.gene_map.as_ref().map(SymbolMap::load).transpose()?;

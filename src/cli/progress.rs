@@ -1,5 +1,6 @@
 //! Progress on stderr: a bar on a terminal, otherwise one line every few seconds.
 
+use super::complain;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -77,7 +78,7 @@ impl Progress {
             let left = left.map(|s| format!(", about {s:.0} s left")).unwrap_or_default();
             let message = self.bar.message();
             let says = if message.is_empty() { String::new() } else { format!("; {message}") };
-            eprintln!("{}: {done}{of} after {seconds:.0} s{left}{says}", self.what);
+            complain(format_args!("{}: {done}{of} after {seconds:.0} s{left}{says}", self.what));
         }
     }
 

@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::trace::Trace;
 use crate::train::observer::{asked_to_stop, stop_on_signals};
 use crate::train::record::StepRecord;
-use crate::train::{Flow, Observer, Resume, RunInputs, SplitFlags};
+use crate::train::{Allowed, Flow, Observer, Resume, RunInputs, SplitFlags};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -55,9 +55,29 @@ pub struct ResumeFlag {
     #[arg(long, value_name = "HOW", num_args = 0..=1, require_equals = true, default_missing_value = "last",
         value_parser = ["last", "auto"])]
     resume: Option<String>,
+    /// With --resume: go on with another corpus. It is divided by the run's rule, and its cells come from the first epoch on.
+    #[arg(long, requires = "resume")]
+    allow_corpus: bool,
+    /// With --resume: go on with a corpus of another vocabulary, of the same length.
+    #[arg(long, requires = "resume")]
+    allow_vocabulary: bool,
+    /// With --resume: go on with the settings that --set, --config and the environment say now, where they differ.
+    #[arg(long, requires = "resume")]
+    allow_settings: bool,
+    /// Take over a run folder whose writer was killed on another host.
+    #[arg(long)]
+    force_unlock: bool,
 }
 
 impl ResumeFlag {
+    fn allowed(&self) -> Allowed {
+        Allowed {
+            corpus: self.allow_corpus,
+            vocabulary: self.allow_vocabulary,
+            settings: self.allow_settings,
+        }
+    }
+
     fn mode(&self) -> Resume {
         match self.resume.as_deref() {
             None => Resume::No,
@@ -100,6 +120,8 @@ pub fn inputs(
         out: out.to_path_buf(),
         split,
         resume: resume.mode(),
+        allow: resume.allowed(),
+        force_unlock: resume.force_unlock,
         resume_command: Some(resume_command()),
         sources: Sources::of_process(global.config.clone(), global.set.clone(), global.seed),
         ..RunInputs::default()

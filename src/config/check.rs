@@ -15,6 +15,7 @@ impl Settings {
             ("optimizer.clip", o.clip),
             ("optimizer.warmup", o.warmup),
             ("train.epochs", t.epochs),
+            ("train.spike_z", t.spike_z),
         ];
         for (name, value) in not_negative {
             require(value.is_finite() && value >= 0.0, name, value, "a finite number, 0 or above")?;

@@ -107,6 +107,8 @@ impl Settings {
                 keep: 2,
                 accumulate: 1,
                 max_bad_steps: 10,
+                spike_z: 9.0,
+                spike_policy: SpikePolicy::Warn,
                 precision: Precision::F32,
                 recompute: false,
             },

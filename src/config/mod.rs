@@ -115,6 +115,19 @@ pub enum Precision {
     Bf16,
 }
 
+/// What follows when a gradient norm lies far above those before it (`train.spike_z`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SpikePolicy {
+    /// It is said, and training goes on.
+    Warn,
+    /// It is said, and the step's update is left out: weights and moments stay as they were. The norm must be read before the
+    /// update, so that the host waits for the device in every step.
+    Skip,
+    /// The run stops (exit 6), without a checkpoint.
+    Stop,
+}
+
 /// The loop.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -137,6 +150,12 @@ pub struct TrainSettings {
     pub accumulate: usize,
     /// Stop (exit 6) after so many steps in a row with a NaN or infinity.
     pub max_bad_steps: u64,
+    /// A gradient norm so many standard deviations above the mean of the last 128, or a logged loss above the last 128 logged ones,
+    /// is a spike; 0 = none is. The default is what llm.c's scripts use, 7: their window holds the value itself, which makes 9 of it.
+    pub spike_z: f64,
+    /// What follows a spike: `warn`, `skip` (the update is left out, and every step waits for its norm) or `stop`. A loss is known
+    /// after its update alone: under `skip` a spike in it is said.
+    pub spike_policy: SpikePolicy,
     /// Type of the activations.
     pub precision: Precision,
     /// Keep hidden states alone and run each layer again before its backward: less memory, more work, the same bits.

@@ -7,6 +7,7 @@
 use super::{Settings, Stage};
 use crate::error::{Code, Error, Result, nearest};
 use crate::model::ModelConfig;
+use crate::whole_file;
 use std::path::PathBuf;
 use toml::{Table, Value};
 
@@ -23,6 +24,8 @@ pub struct Sources {
     pub seed: Option<u64>,
 }
 
+/// Settings are a page of text.
+const MAX_BYTES: u64 = 1 << 20;
 /// Variables that are no settings: flags of the command line, the build's, the emulator's, tests' faults.
 const OTHER_VARIABLES: [&str; 11] = [
     "CELLREFINE_THREADS",
@@ -69,15 +72,21 @@ impl Sources {
         if let Some(seed) = self.seed {
             settings.seed = seed;
         }
-        settings.check()?;
+        settings.check().map_err(|e| {
+            // Named by its setting: the last assignment to it is where it stands.
+            let said = |a: &&Assignment| e.what().split(' ').any(|word| word == a.path.join("."));
+            match assignments.iter().rev().find(said) {
+                Some(assignment) => e.clone().at(&assignment.place),
+                None => e,
+            }
+        })?;
         Ok(settings)
     }
 
     fn assignments(&self) -> Result<Vec<Assignment>> {
         let mut list = Vec::new();
         if let Some(file) = &self.config {
-            let text =
-                std::fs::read_to_string(file).map_err(|e| Error::io(file, "read the settings file", &e))?;
+            let text = whole_file::read_text(file, "read the settings file", MAX_BYTES)?;
             let table: Table = text.parse().map_err(|e: toml::de::Error| {
                 Error::new(Code::SettingsFile, "the settings file is not TOML")
                     .at(file.display())

@@ -23,6 +23,7 @@ pub mod writer;
 
 pub use batch::{Batch, BatchOptions, Loader, Packer, Tokens};
 pub use format::{Column, Manifest, ObsKind, VocabIdentity};
+pub use partial_folder::force_unlock;
 pub use reader::{Categorical, Corpus, Genes};
 pub use sampler::{Sampler, SamplerState, Sampling};
 pub use splits::{Labels, Split, SplitSpec, TrainingCells};

@@ -3,8 +3,9 @@
 
 use crate::disk::{self, Output};
 use crate::error::{Code, Error, Kind, Result};
-use std::fs::{self, File, OpenOptions};
-use std::io::{Read, Write};
+use crate::lock::Lock;
+use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// The hidden folder that becomes the corpus. Removed on drop unless published.
@@ -13,11 +14,20 @@ pub(super) struct PartialFolder {
     pub path: PathBuf,
     target: PathBuf,
     /// Held while writing; a dead writer's lock is free.
-    _lock: File,
+    _lock: Lock,
     published: bool,
 }
 
 const LOCK: &str = "writer.lock";
+
+/// Frees the unfinished corpus that becomes `target` from the name that a writer of another host left; a living one keeps it.
+pub fn force_unlock(target: &Path) -> Result<()> {
+    target.file_name().map_or(Ok(()), |name| Lock::force(&partial_path(target, name).join(LOCK)))
+}
+
+fn partial_path(target: &Path, name: &std::ffi::OsStr) -> PathBuf {
+    target.with_file_name(format!(".{}.partial", name.to_string_lossy()))
+}
 
 impl PartialFolder {
     pub fn create(target: &Path) -> Result<Self> {
@@ -31,7 +41,7 @@ impl PartialFolder {
                 .at(target.display())
                 .next("choose another --out, or remove it first"));
         }
-        let path = target.with_file_name(format!(".{}.partial", name.to_string_lossy()));
+        let path = partial_path(target, name);
         if let Err(e) = disk::create_folder(&path)
             && e.kind() != std::io::ErrorKind::AlreadyExists
         {
@@ -40,21 +50,7 @@ impl PartialFolder {
         }
         let lock_path = path.join(LOCK);
         let io = |e: std::io::Error| Error::io(&lock_path, "lock the unfinished corpus", &e);
-        let mut lock = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(&lock_path)
-            .map_err(io)?;
-        if lock.try_lock().is_err() {
-            let mut holder = String::new();
-            let _ = lock.read_to_string(&mut holder);
-            return Err(Error::new(Code::AnotherWriter, "another process is writing this corpus")
-                .at(target.display())
-                .found(holder.trim())
-                .next("wait for it, or choose another --out"));
-        }
+        let lock = Lock::take(&lock_path, "corpus")?;
         // Held by no one: whatever else is here, a killed writer left.
         for entry in fs::read_dir(&path).map_err(io)? {
             let entry = entry.map_err(io)?;
@@ -62,8 +58,6 @@ impl PartialFolder {
                 disk::remove_file(&entry.path()).map_err(io)?;
             }
         }
-        lock.set_len(0).map_err(io)?;
-        write!(lock, "process {}", std::process::id()).map_err(io)?;
         Ok(PartialFolder { path, target: target.into(), _lock: lock, published: false })
     }
 

@@ -6,11 +6,11 @@
 use super::format::*;
 use super::shard::Shard;
 use crate::error::{Code, Error, Result, nearest};
-use crate::genes::Vocab;
+use crate::genes::{Vocab, vocab};
+use crate::whole_file;
 use half::f16;
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
 /// The gene ids of a cell, in rank order, borrowed from the map.
@@ -141,9 +141,8 @@ impl Corpus {
             .at(self.root.display())
             .next("pack it again with --vocab V.tsv"));
         };
-        let bytes = std::fs::read(&path).map_err(|e| {
-            Error::io(&path, "read the corpus's vocabulary", &e).next("copy the folder again")
-        })?;
+        let bytes = whole_file::read(&path, "read the corpus's vocabulary", vocab::MAX_BYTES)
+            .map_err(|e| e.next("copy the folder again"))?;
         let found = hex(&Sha256::digest(&bytes));
         if found != *wanted {
             return Err(Error::new(Code::VocabularyFile, "the corpus's vocabulary file was changed")
@@ -345,24 +344,18 @@ impl Corpus {
 /// Reads and checks `corpus.json` of the folder at `root`.
 pub fn read_manifest(root: &Path) -> Result<Manifest> {
     let path = root.join(MANIFEST);
-    let mut bytes = Vec::new();
-    let read =
-        std::fs::File::open(&path).and_then(|f| f.take(MANIFEST_MAX_BYTES + 1).read_to_end(&mut bytes));
-    read.map_err(|e| {
-        let absent = e.kind() == std::io::ErrorKind::NotFound;
-        let e = match absent {
-            true => Error::new(Code::CorpusMissing, "this folder is no corpus: it has no manifest")
-                .at(path.display()),
-            false => Error::io(&path, "read the corpus manifest", &e),
+    let bytes = whole_file::read(&path, "read the corpus manifest", MANIFEST_MAX_BYTES).map_err(|e| {
+        let e = match e.code() {
+            Code::FileMissing => {
+                Error::new(Code::CorpusMissing, "this folder is no corpus: it has no manifest")
+                    .at(path.display())
+            }
+            Code::FileTooLarge => return e,
+            _ => e,
         };
         e.wanted("a folder that `cellrefine pack` wrote")
             .next("check the path; an interrupted pack leaves no corpus behind")
     })?;
-    if bytes.len() as u64 > MANIFEST_MAX_BYTES {
-        return Err(
-            Error::new(Code::ManifestDamaged, "the corpus manifest is larger than 1 GiB").at(path.display())
-        );
-    }
     Manifest::parse(&bytes, &path.display().to_string())
 }
 

@@ -202,6 +202,7 @@ codes! {
     LossNotFinite = 1001,
     EmbeddingOverflow = 1002,
     KernelWrong = 1003,
+    TrainingSpike = 1004,
 }
 
 impl Code {

@@ -108,6 +108,9 @@ impl Error {
             K::NotFound => Code::FileMissing,
             K::PermissionDenied => Code::FileForbidden,
             K::IsADirectory | K::NotADirectory => Code::FileKind,
+            // No file can have such a name, or the name leads round in circles.
+            K::InvalidInput | K::InvalidFilename => Code::FileMissing,
+            _ if e.raw_os_error() == Some(libc::ELOOP) => Code::FileMissing,
             K::InvalidData | K::UnexpectedEof => Code::FileCut,
             K::StorageFull | K::QuotaExceeded | K::FileTooLarge => Code::DiskFull,
             _ => Code::FileSystem,
@@ -161,6 +164,10 @@ impl Error {
     /// What was found, where it was said.
     pub fn found_text(&self) -> Option<&str> {
         self.0.found.as_deref()
+    }
+    /// What would have been right, where it was said.
+    pub fn wanted_text(&self) -> Option<&str> {
+        self.0.wanted.as_deref()
     }
     /// The next step, where one was given.
     pub fn next_text(&self) -> Option<&str> {

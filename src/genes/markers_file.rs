@@ -11,8 +11,8 @@
 use super::mapping::SymbolMap;
 use super::vocab::{Match, Vocab, clip};
 use crate::error::{Code, Error, Result};
+use crate::whole_file;
 use std::collections::{HashMap, HashSet};
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
 /// The largest file that is read, unpacked.
@@ -49,26 +49,11 @@ pub struct MarkerFile {
 impl MarkerFile {
     /// Reads and checks the file at `path`.
     pub fn load(path: &Path) -> Result<Self> {
-        let io = |e: std::io::Error| {
-            Error::io(path, "read the marker file", &e).next("check the path given as --markers")
-        };
-        let mut head = [0u8; 2];
-        let mut file = std::fs::File::open(path).map_err(io)?;
-        let got = file.read(&mut head).map_err(io)?;
-        let whole = std::io::Cursor::new(head[..got].to_vec()).chain(file);
-        let mut bytes = Vec::new();
-        if head == [0x1f, 0x8b] {
-            let unpacked =
-                flate2::read::MultiGzDecoder::new(whole).take(FILE_MAX_BYTES + 1).read_to_end(&mut bytes);
-            unpacked.map_err(|e| {
-                Error::new(Code::GzipDamaged, "the gzip file is damaged or cut off")
-                    .at(path.display())
-                    .found(e)
-                    .next("copy it again")
+        let bytes =
+            whole_file::unpack(path, "read the marker file", FILE_MAX_BYTES).map_err(|e| match e.code() {
+                Code::FileMissing => e.next("check the path given as --markers"),
+                _ => e,
             })?;
-        } else {
-            whole.take(FILE_MAX_BYTES + 1).read_to_end(&mut bytes).map_err(io)?;
-        }
         Self::parse(&bytes, path)
     }
 

@@ -3,12 +3,12 @@
 use super::mapping::Found;
 use super::vocab::Vocab;
 use crate::error::{Code, Error, Result};
+use crate::whole_file;
 use std::collections::HashMap;
-use std::io::Read;
 use std::path::Path;
 
-/// Cap on a mapping file after decompression: 100 times a full human map.
-const MAP_LIMIT_BYTES: u64 = 1 << 30;
+/// Cap on a mapping file after decompression: 25 times a full human map.
+const MAP_LIMIT_BYTES: u64 = 256 << 20;
 
 /// The upper-case, unversioned form of an Ensembl gene id, or `None` if `name` is none (`ENSA` is a symbol, `ENST…` a transcript).
 pub fn ensembl_id(name: &str) -> Option<String> {
@@ -44,7 +44,7 @@ impl SymbolMap {
     /// Reads a mapping file.
     ///
     /// # Errors
-    /// Input, with the line number: fewer than two columns, no Ensembl id in a row, not text, larger than 1 GiB.
+    /// Input, with the line number: fewer than two columns, no Ensembl id in a row, not text, larger than 256 MiB.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let text = read_text(path)?;
@@ -109,32 +109,5 @@ impl SymbolMap {
 
 /// Reads a text file, plain or gzip, of bounded size.
 pub(crate) fn read_text(path: &Path) -> Result<String> {
-    let fail = |e: std::io::Error| Error::io(path, "read the file", &e);
-    let mut file = std::fs::File::open(path).map_err(fail)?;
-    let mut magic = [0u8; 2];
-    let got = file.read(&mut magic).map_err(fail)?;
-    let start = std::io::Cursor::new(magic[..got].to_vec());
-    let whole = start.chain(file);
-    let mut bytes = Vec::new();
-    if magic == [0x1f, 0x8b] {
-        flate2::read::MultiGzDecoder::new(whole).take(MAP_LIMIT_BYTES + 1).read_to_end(&mut bytes).map_err(
-            |e| {
-                Error::new(Code::GzipDamaged, "the gzip file is damaged")
-                    .at(path.display())
-                    .found(e)
-                    .next("copy or download it again")
-            },
-        )?;
-    } else {
-        whole.take(MAP_LIMIT_BYTES + 1).read_to_end(&mut bytes).map_err(fail)?;
-    }
-    if bytes.len() as u64 > MAP_LIMIT_BYTES {
-        return Err(Error::new(Code::FileTooLarge, "the file is too large")
-            .at(path.display())
-            .wanted("at most 1 GiB of text"));
-    }
-    String::from_utf8(bytes).map_err(|e| {
-        let line = 1 + e.as_bytes()[..e.utf8_error().valid_up_to()].iter().filter(|&&b| b == b'\n').count();
-        Error::new(Code::NotText, "the file is not UTF-8 text").at(format!("{}:{line}", path.display()))
-    })
+    whole_file::text(path, whole_file::unpack(path, "read the file", MAP_LIMIT_BYTES)?)
 }

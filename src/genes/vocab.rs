@@ -14,11 +14,14 @@
 
 use crate::disk;
 use crate::error::{Code, Error, Result};
+use crate::whole_file;
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::path::Path;
 
+/// A vocabulary of a million genes has 50 MB.
+pub(crate) const MAX_BYTES: u64 = 256 << 20;
 const SCHEMA: &str = "# cellrefine-vocabulary 1";
 
 /// Ids of the tokens that are no genes. Read from the vocabulary by name, never assumed.
@@ -240,9 +243,9 @@ impl Vocab {
     /// fit the content.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let text = std::fs::read(path).map_err(|e| {
-            Error::io(path, "read the vocabulary", &e)
-                .next("build one: cellrefine vocab build IN.h5ad --out V.tsv, or cellrefine vocab convert TOKENS MEDIANS --out V.tsv")
+        let text = whole_file::read(path, "read the vocabulary", MAX_BYTES).map_err(|e| match e.code() {
+            Code::FileMissing => e.next("build one: cellrefine vocab build IN.h5ad --out V.tsv, or cellrefine vocab convert TOKENS MEDIANS --out V.tsv"),
+            _ => e,
         })?;
         let text = String::from_utf8(text).map_err(|e| {
             wrong_kind(path)

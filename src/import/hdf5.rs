@@ -7,7 +7,9 @@
 pub use super::number::{NumberKind, NumberType};
 use crate::error::{Code, Error, Result};
 use hdf5_pure::{AttrValue, ChunkCacheConfig, DatasetAccessProperties, Datatype, FormatError, Source};
+use std::collections::HashSet;
 use std::path::Path;
+use std::sync::Mutex;
 
 /// A file may claim at most this many times its own size: deflate reaches 1,032, so a true file never gets there.
 const MAX_EXPANSION: u64 = 2048;
@@ -115,6 +117,8 @@ pub struct PureFile {
     file: hdf5_pure::File,
     raw: Reader,
     name: String,
+    /// Arrays whose chunks were found to lie within the file.
+    sound: Mutex<HashSet<String>>,
 }
 
 impl PureFile {
@@ -163,7 +167,29 @@ impl PureFile {
                 .wanted(format!("{end} bytes, as its header says"))
                 .next("copy or download it again"));
         }
-        Ok(PureFile { file: open, raw: reader(&file)?, name })
+        Ok(PureFile { file: open, raw: reader(&file)?, name, sound: Mutex::default() })
+    }
+
+    /// Holds where each chunk lies against the file: the library makes room for what a chunk's entry claims, up to 4 GiB, before
+    /// it reads. Once for each array, since the index of a large one is long; one that cannot be listed fails when it is read.
+    fn check_chunks(&self, path: &str, place: &str, dataset: &hdf5_pure::Dataset) -> Result<()> {
+        let sound = || self.sound.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if sound().contains(path) {
+            return Ok(());
+        }
+        let beyond =
+            |c: &hdf5_pure::Chunk| c.address.checked_add(c.storage_size).is_none_or(|end| end > self.raw.len);
+        if let Some(chunk) = dataset.chunks().unwrap_or_default().iter().find(|c| beyond(c)) {
+            return Err(Error::new(Code::Hdf5Claims, "a chunk of the array lies beyond the file")
+                .at(place)
+                .found(format!(
+                    "{} bytes from byte {}, in a file of {} bytes",
+                    chunk.storage_size, chunk.address, self.raw.len
+                ))
+                .next("the file is damaged or cut short: copy or download it again"));
+        }
+        sound().insert(path.to_string());
+        Ok(())
     }
 
     fn damaged(&self, path: &str, e: &hdf5_pure::Error) -> Error {
@@ -294,6 +320,9 @@ impl H5Source for PureFile {
                     .wanted(format!("chunks of at most {MAX_CHUNK_BYTES} bytes"))
                     .next("write the file again with anndata.write_h5ad"));
             }
+        }
+        if chunk.is_some() {
+            self.check_chunks(path, &place, &dataset)?;
         }
         let stored = classify(&datatype);
         if stored == Stored::HeapText {

@@ -66,6 +66,13 @@ pub(super) fn files(path: &Path) -> Result<Vec<PathBuf>> {
         let true_place = file.canonicalize().map_err(|e| {
             Error::io(&file, "open a file of the data set", &e).wanted("every file that state.json names")
         })?;
+        if files.contains(&file) {
+            return Err(Error::new(Code::DatasetFolder, "the data set names a file twice")
+                .at(state.display())
+                .found(format!("{:?}", clip(name, 80)))
+                .wanted("each file once")
+                .next("save the data set again with save_to_disk"));
+        }
         if true_place.parent() != Some(&folder) {
             return Err(Error::new(Code::NameLeadsOut, "a data file is a link that leads out of the folder")
                 .at(file.display())

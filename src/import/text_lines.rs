@@ -1,6 +1,7 @@
 //! Lines of a text file, plain or gzip (told by content), with bounded memory whatever the file claims.
 
 use crate::error::{Code, Error, Result};
+use crate::whole_file;
 use std::io::Read;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -26,13 +27,8 @@ impl Lines {
     /// Input: missing, a folder.
     pub fn open(path: &Path) -> Result<Lines> {
         let fail = |e: std::io::Error| Error::io(path, "read the file", &e);
-        let mut file = std::fs::File::open(path).map_err(fail)?;
-        let mut magic = Vec::new();
-        file.by_ref().take(2).read_to_end(&mut magic).map_err(fail)?;
-        let packed = magic == [0x1f, 0x8b];
-        let whole = std::io::Cursor::new(magic).chain(file);
-        let reader: Box<dyn Read + Send> =
-            if packed { Box::new(flate2::read::MultiGzDecoder::new(whole)) } else { Box::new(whole) };
+        let file = std::fs::File::open(path).map_err(fail)?;
+        let (reader, _) = whole_file::told_by_content(file).map_err(fail)?;
         Ok(Lines {
             reader,
             path: path.to_path_buf(),

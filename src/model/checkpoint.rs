@@ -17,6 +17,7 @@ use crate::device::Act;
 use crate::disk;
 use crate::error::{Code, Error, Result};
 use crate::ops::adamw::AdamW;
+use crate::whole_file;
 use serde_json::{Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -27,6 +28,8 @@ pub const CONFIG: &str = "config.json";
 pub const VOCABULARY: &str = "vocab.tsv";
 pub(super) const CLASSIFIER: &str = "classifier.safetensors";
 pub(super) const CLASSES: &str = "classifier.json";
+/// Settings and class names are pages of text.
+const JSON_MAX_BYTES: u64 = 64 << 20;
 
 /// A pointer of a run folder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -133,7 +136,7 @@ pub fn read_config(folder: &Path) -> Result<ModelConfig> {
 
 fn read_json(folder: &Path) -> Result<Value> {
     let path = folder.join(CONFIG);
-    let text = fs::read(&path).map_err(|e| Error::io(&path, "read the model's settings", &e))?;
+    let text = whole_file::read(&path, "read the model's settings", JSON_MAX_BYTES)?;
     serde_json::from_slice(&text).map_err(|e| {
         Error::new(Code::NotJson, "not valid JSON")
             .at(path.display())
@@ -213,8 +216,9 @@ pub fn load<B: AdamW<A>, A: Act>(
     }
     let file = WeightFiles::open(folder)?;
     let headless = is_headless(folder, &file)?;
+    // Before anything is allocated: the sizes are those of the file that holds them.
+    check_names(&file, &Layout::network(&config).list(), fresh_values, headless)?;
     let mut params = Parameters::zeros(dev, &config)?;
-    check_names(&file, &params.layout().list(), fresh_values, headless)?;
     params.write_with(dev, |dev, master, layout| {
         let buffers = Network::list(Network::as_mut(master.named_mut()));
         for (index, ((parameter, _), buf)) in layout.list().into_iter().zip(buffers).enumerate() {
@@ -325,7 +329,7 @@ pub fn read_classifier(folder: &Path, width: usize) -> Result<Option<LoadedClass
     if !path.exists() {
         return Ok(None);
     }
-    let text = fs::read(&path).map_err(|e| Error::io(&path, "read the class names", &e))?;
+    let text = whole_file::read(&path, "read the class names", JSON_MAX_BYTES)?;
     let bad = |found: String| {
         Error::new(Code::CheckpointDamaged, "the class names cannot be read").at(path.display()).found(found)
     };

@@ -169,6 +169,18 @@ impl ModelConfig {
                 "at least 1",
             );
         }
+        // Products of them stay far from overflow, and the list of parameters small, whatever a file says.
+        let most = [1 << 31, 1 << 20, 4096, 1 << 20, 1 << 20, usize::MAX];
+        if sizes.iter().zip(most).any(|(size, most)| *size > most) || self.value_bins > 1 << 20 {
+            return bad(
+                "a size is beyond any machine",
+                format!(
+                    "{sizes:?} (vocab, width, layers, heads, ffn, positions), {} value bins",
+                    self.value_bins
+                ),
+                "at most 4,096 layers, a width of 1,048,576 and 2,147,483,648 gene ids",
+            );
+        }
         if !self.width.is_multiple_of(self.heads) {
             return bad(
                 "the width is not a multiple of the heads",

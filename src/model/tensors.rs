@@ -52,15 +52,14 @@ impl TensorFile {
         }
         let mut header = vec![0u8; header_len as usize];
         file.read_exact_at(&mut header, 8).map_err(|e| Error::io(path, "read the header", &e))?;
-        let header: Metadata = serde_json::from_slice(&header)
-            .map_err(|e| broken("the header cannot be read", e.to_string()))?;
-        let (data_start, data) = (8 + header_len, header.data_len() as u64);
-        if data_start + data != size {
-            let found = format!("{size} bytes, the header says {}", data_start + data);
-            return Err(broken(
-                if data_start + data > size { "truncated" } else { "bytes after the last tensor" },
-                found,
-            ));
+        let unreadable = |e: serde_json::Error| broken("the header cannot be read", e.to_string());
+        let _: DistinctNames = serde_json::from_slice(&header).map_err(unreadable)?;
+        let header: Metadata = serde_json::from_slice(&header).map_err(unreadable)?;
+        let data_start = 8 + header_len;
+        let end = data_start.saturating_add(header.data_len() as u64);
+        if end != size {
+            let what = if end > size { "truncated" } else { "bytes after the last tensor" };
+            return Err(broken(what, format!("{size} bytes, the header says {end}")));
         }
         Ok(TensorFile { path: path.to_path_buf(), file, data_start, header })
     }
@@ -129,6 +128,34 @@ impl TensorFile {
                 .found(format!("{other:?}"))
                 .wanted("F32, F16 or BF16")),
         }
+    }
+}
+
+/// An object that names nothing twice: of two tensors of one name, a map would keep the last and say nothing.
+struct DistinctNames;
+
+impl<'de> serde::Deserialize<'de> for DistinctNames {
+    fn deserialize<D: serde::Deserializer<'de>>(from: D) -> std::result::Result<Self, D::Error> {
+        struct Names;
+        impl<'de> serde::de::Visitor<'de> for Names {
+            type Value = DistinctNames;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("an object of tensors")
+            }
+            fn visit_map<A: serde::de::MapAccess<'de>>(
+                self,
+                mut map: A,
+            ) -> std::result::Result<DistinctNames, A::Error> {
+                let mut seen = std::collections::HashSet::new();
+                while let Some((name, _)) = map.next_entry::<String, serde::de::IgnoredAny>()? {
+                    if let Some(name) = seen.replace(name) {
+                        return Err(serde::de::Error::custom(format!("`{name}` is named twice")));
+                    }
+                }
+                Ok(DistinctNames)
+            }
+        }
+        from.deserialize_map(Names)
     }
 }
 

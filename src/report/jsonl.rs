@@ -5,11 +5,14 @@
 
 use crate::disk::{self, Output};
 use crate::error::{Error, Result};
+use crate::whole_file;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
+/// Two million records.
+pub(super) const MAX_BYTES: u64 = 1 << 30;
 /// Fields of a record that are no term of the loss; measures on validation cells begin with `val_`.
-pub const NOT_TERMS: [&str; 17] = [
+pub const NOT_TERMS: [&str; 18] = [
     "step",
     "steps",
     "time",
@@ -25,6 +28,7 @@ pub const NOT_TERMS: [&str; 17] = [
     "gflop_per_s",
     "peak_gflop_per_s",
     "bad_steps",
+    "spikes",
     "host_memory_bytes",
     "fraction_of_peak",
 ];
@@ -66,7 +70,7 @@ impl JsonLines {
 
 /// The objects of `path`; lines that are not JSON are left out.
 pub fn read(path: &Path) -> Result<Vec<Value>> {
-    let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, "read the run record", &e))?;
+    let text = whole_file::read_text(path, "read the run record", MAX_BYTES)?;
     Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect())
 }
 

@@ -7,6 +7,7 @@
 
 use crate::disk;
 use crate::error::Result;
+use crate::whole_file;
 use serde_json::Value;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -41,7 +42,8 @@ impl PromFile {
     /// For the run in `folder`; nothing is written yet.
     pub fn new(folder: &Path) -> PromFile {
         let absolute = std::fs::canonicalize(folder).unwrap_or_else(|_| folder.to_path_buf());
-        let text = std::fs::read_to_string(folder.join("run.json")).unwrap_or_default();
+        let text = whole_file::read_text(&folder.join("run.json"), "read the record", super::run::MAX_BYTES);
+        let text = text.unwrap_or_default();
         let record: Value = serde_json::from_str(&text).unwrap_or(Value::Null);
         let stage = record["stage"].as_str().unwrap_or_default();
         let labels =

@@ -4,8 +4,12 @@
 use super::jsonl::{self, NOT_TERMS};
 use crate::error::{Code, Error, Result};
 use crate::train::folder::{checkpoints, read_manifest};
+use crate::whole_file;
 use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
+
+/// A record of a run and its settings are pages of text.
+pub(super) const MAX_BYTES: u64 = 16 << 20;
 
 /// One run.
 #[derive(Debug, Clone)]
@@ -41,10 +45,10 @@ impl Run {
             return Err(if settings.is_file() { e.next("wait until the first step is logged") } else { e });
         }
         let json = |name: &str| -> Value {
-            let text = std::fs::read_to_string(path.join(name)).ok();
+            let text = whole_file::read_text(&path.join(name), "read the record", MAX_BYTES).ok();
             text.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or(Value::Null)
         };
-        let settings = match std::fs::read_to_string(&settings) {
+        let settings = match whole_file::read_text(&settings, "read the settings", MAX_BYTES) {
             Ok(text) => toml::from_str(&text).map_err(|e| {
                 Error::new(Code::NotToml, "the run's settings are not TOML")
                     .at(settings.display())

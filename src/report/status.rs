@@ -4,10 +4,11 @@
 //! from the run folder's lock, which the system frees however that process ended.
 
 use super::html::brief;
-use super::jsonl::NOT_TERMS;
+use super::jsonl::{MAX_BYTES, NOT_TERMS};
 use super::provenance::duration;
 use crate::error::{Code, Error, Result};
 use crate::train::folder::{checkpoints, read_manifest};
+use crate::whole_file;
 use serde_json::{Map, Value, json};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -110,7 +111,9 @@ impl Follower {
     pub fn look(&mut self) -> Result<()> {
         self.follow()?;
         let s = &mut self.status;
-        let text = std::fs::read_to_string(self.root.join("run.json")).unwrap_or_default();
+        let text =
+            whole_file::read_text(&self.root.join("run.json"), "read the record", super::run::MAX_BYTES);
+        let text = text.unwrap_or_default();
         let record: Value = serde_json::from_str(&text).unwrap_or(Value::Null);
         s.stage = record["stage"].as_str().unwrap_or_default().to_string();
         let newest = checkpoints(&self.root)?.into_iter().next();
@@ -152,6 +155,12 @@ impl Follower {
         };
         let failed = |e: std::io::Error| Error::io(&path, "read the run record", &e);
         let length = file.metadata().map_err(failed)?.len();
+        if length > MAX_BYTES {
+            return Err(Error::new(Code::FileTooLarge, "the run record is too large")
+                .at(path.display())
+                .found(format!("{length} bytes"))
+                .wanted(format!("at most {MAX_BYTES}")));
+        }
         if length < self.read {
             // A resumed run has rewritten it.
             (self.read, self.torn, self.steps) = (0, Vec::new(), Vec::new());

@@ -5,56 +5,52 @@
 //! loss at any moment leaves the ones before it. `best` and `last` hold a checkpoint's name and are replaced by rename; they are
 //! a convenience, never believed without the manifest behind them.
 
+use super::sealed;
 use crate::disk;
 use crate::error::{Code, Error, Result};
+use crate::lock::Lock;
 use crate::model::checkpoint::{self, Pointer};
 use crate::model::snapshot::Snapshot;
+use crate::whole_file;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::fs::{self, File};
-use std::io::{Read, Write};
-use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Name of a checkpoint's manifest.
 pub const MANIFEST: &str = "state.json";
+/// Name of the lock file.
+const LOCK: &str = ".lock";
+/// What it locks.
+const WHAT: &str = "run folder";
 
 /// An open run folder, locked for as long as this lives.
 #[derive(Debug, Clone)]
 pub struct RunFolder {
     root: PathBuf,
     /// Holds the lock; the leading rank's.
-    _lock: Option<Arc<File>>,
+    _lock: Option<Arc<Lock>>,
 }
 
 impl RunFolder {
-    /// Opens or creates `root` and locks it. A second writer is refused (exit 4) with the holder's process id.
+    /// Opens or creates `root` and locks it. A second writer is refused (exit 4) with the holder's process, host and time.
     pub fn open(root: &Path) -> Result<RunFolder> {
         disk::create_folders(&root.join("checkpoints"))
             .map_err(|e| Error::io(root, "create the run folder", &e))?;
-        let path = root.join(".lock");
-        let mut lock = File::options()
-            .create(true)
-            .truncate(false)
-            .read(true)
-            .write(true)
-            .open(&path)
-            .map_err(|e| Error::io(&path, "open the lock file", &e))?;
-        // SAFETY: flock takes a descriptor that `lock` keeps open, and touches no memory.
-        if unsafe { libc::flock(lock.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } != 0 {
-            let mut holder = String::new();
-            let _ = lock.read_to_string(&mut holder);
-            return Err(Error::new(Code::AnotherWriter, "another process writes this run folder")
-                .at(root.display())
-                .found(holder.trim())
-                .next("wait for it, or choose another --out"));
-        }
-        let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-        let _ = lock.set_len(0);
-        let _ = writeln!(lock, "process {} on {}", std::process::id(), host.trim());
+        let lock = Lock::take(&root.join(LOCK), WHAT)?;
         sweep(root)?;
         Ok(RunFolder { root: root.to_path_buf(), _lock: Some(Arc::new(lock)) })
+    }
+
+    /// Is the folder free for [`RunFolder::open`]? Asked before a run's inputs are read. Under `force`, the name that a writer of
+    /// another host left is taken out.
+    pub fn look(root: &Path, force: bool) -> Result<()> {
+        let path = root.join(LOCK);
+        if force {
+            Lock::force(&path)?;
+        }
+        Lock::look(&path, WHAT)
     }
 
     /// The folder as a rank sees it that leaves the writing to the leading one.
@@ -82,7 +78,7 @@ impl RunFolder {
             .map_err(|e| Error::io(&partial, "create the checkpoint", &e))?;
         let written = snapshot.write(&partial).and_then(|files| {
             record["files"] = Value::Object(files);
-            disk::write_synced(&partial.join(MANIFEST), format!("{record:#}\n").as_bytes())?;
+            disk::write_synced(&partial.join(MANIFEST), sealed::text(record).as_bytes())?;
             // Only a checkpoint of this very step can be in the way: made before a resume from an older one.
             disk::publish_folder(&partial, &place)
         });
@@ -186,16 +182,11 @@ pub fn verify(place: &Path) -> Result<Value> {
     Ok(manifest)
 }
 
-/// The manifest of the checkpoint at `place`, unchecked.
+/// The manifest of the checkpoint at `place`; of the files that it names nothing is checked.
 pub fn read_manifest(place: &Path) -> Result<Value> {
     let path = place.join(MANIFEST);
-    let text =
-        fs::read_to_string(&path).map_err(|e| Error::io(&path, "read the checkpoint's manifest", &e))?;
-    serde_json::from_str(&text).map_err(|e| {
-        Error::new(Code::CheckpointDamaged, "the checkpoint's manifest is not JSON")
-            .at(path.display())
-            .found(e.to_string())
-    })
+    let text = whole_file::read_text(&path, "read the checkpoint's manifest", sealed::MAX_BYTES)?;
+    sealed::read(&text, &path)
 }
 
 /// Removes what a killed run left half-written or half-removed: hidden files in the run folder `root`, hidden folders among its

@@ -1,5 +1,9 @@
 //! What every stage opens first: corpus, vocabulary, checkpoint, split, run folder; and how an older run lends its split.
 
+mod met_again;
+
+pub use met_again::Allowed;
+
 use super::folder::{RunFolder, checkpoints, sha256_of, verify};
 use super::observer::Observer;
 use crate::backend::Choice;
@@ -15,6 +19,7 @@ use crate::model::checkpoint::{self, VOCABULARY};
 use crate::model::config::Vocabulary;
 use crate::model::{ModelConfig, Preset};
 use crate::ops::gene_attention::Pattern;
+use met_again::{cells_met_again, resumed_settings, same_division};
 use serde_json::{Value, json};
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
@@ -77,6 +82,10 @@ pub struct RunInputs {
     pub split: SplitFlags,
     /// Continue?
     pub resume: Resume,
+    /// And with what that is new?
+    pub allow: Allowed,
+    /// Take the lock that a writer of another host left?
+    pub force_unlock: bool,
     /// Command that continues this run, for messages.
     pub resume_command: Option<String>,
     /// Settings besides the defaults.
@@ -103,6 +112,10 @@ pub struct Opened {
     pub settings: Settings,
     /// The division of the cells.
     pub split: Split,
+    /// Does a resumed run go on with another corpus than it was started with?
+    pub other_corpus: bool,
+    /// Or with other settings than the run folder has?
+    other_settings: bool,
 }
 
 /// Opens the inputs of `stage`. `default_rule` divides the cells where neither flags nor an older run say how.
@@ -122,9 +135,22 @@ pub fn open(
     let vocab = Vocab::load(corpus.path().join(VOCABULARY))?;
     let vocabulary = Vocabulary::of(&vocab);
     let start = inputs.checkpoint.as_deref().map(checkpoint::resolve).transpose()?;
+    // One rank looks, for all of them: they must not choose differently.
+    let resume = inputs.ranks.lead(|| {
+        let place = resume_point(inputs, observer)?;
+        Ok(place.map(|place| place.into_os_string().into_vec()).unwrap_or_default())
+    })?;
+    let resume = (!resume.is_empty()).then(|| PathBuf::from(OsString::from_vec(resume)));
+    let other_corpus = match &resume {
+        Some(place) => cells_met_again(place, &corpus, &vocab, inputs.allow)?,
+        None => false,
+    };
     let mut config = match (&start, &inputs.preset) {
         (Some(folder), None) => {
             let mut config = checkpoint::read_config(folder)?;
+            if resume.is_some() && inputs.allow.vocabulary {
+                config.vocabulary.digest = None;
+            }
             config.adopt_vocabulary(vocab.len(), &vocabulary)?;
             config
         }
@@ -133,19 +159,29 @@ pub fn open(
             return Err(Error::new(Code::FlagConflict, "name either a preset or a checkpoint to start from"));
         }
     };
-    // One rank looks, for all of them: they must not choose differently.
-    let resume = inputs.ranks.lead(|| {
-        let place = resume_point(inputs, observer)?;
-        Ok(place.map(|place| place.into_os_string().into_vec()).unwrap_or_default())
-    })?;
-    let resume = (!resume.is_empty()).then(|| PathBuf::from(OsString::from_vec(resume)));
-    let settings = effective(stage, inputs, &config, resume.is_some())?;
+    let (settings, other_settings) = match &resume {
+        Some(_) => resumed_settings(stage, inputs, &config, observer)?,
+        None => (inputs.sources.resolve(stage, &config)?, false),
+    };
     settings.model.apply_to(&mut config, start.is_some())?;
     if let Some(file) = &inputs.globals {
         config.globals = globals(file, &vocab, &config)?;
     }
     let split = divide(&corpus, inputs, &settings, default_rule, resume.is_some(), observer)?;
-    Ok(Opened { corpus, vocab, vocab_file, config, start, resume, settings, split })
+    refuse_empty_cells(&corpus, &config, &split)?;
+    let opened = Opened {
+        corpus,
+        vocab,
+        vocab_file,
+        config,
+        start,
+        resume,
+        settings,
+        split,
+        other_corpus,
+        other_settings,
+    };
+    Ok(opened)
 }
 
 impl Opened {
@@ -164,9 +200,14 @@ impl Opened {
         let folder = RunFolder::open(out)?;
         if self.resume.is_none() {
             folder.clear()?;
+        }
+        if self.resume.is_none() || self.other_settings {
             let text =
                 toml::to_string_pretty(&self.settings).map_err(|e| Error::bug(format!("settings: {e}")))?;
             disk::replace(&out.join(SETTINGS), text.as_bytes())?;
+        }
+        let of_another = || Ok(read_split(&out.join(SPLIT))?.corpus_digest != self.corpus.digest());
+        if self.resume.is_none() || of_another()? {
             let record =
                 serde_json::to_string_pretty(&self.split.record()).map_err(|e| Error::bug(e.to_string()))?;
             disk::replace(&out.join(SPLIT), format!("{record}\n").as_bytes())?;
@@ -208,6 +249,24 @@ impl Opened {
     }
 }
 
+/// A cell without a gene would end the run in the step that draws it.
+fn refuse_empty_cells(corpus: &Corpus, config: &ModelConfig, split: &Split) -> Result<()> {
+    if config.prefix() + config.suffix() > 0 {
+        return Ok(());
+    }
+    let empty = |cell: &&u32| corpus.len_of(**cell as usize) == 0;
+    let cells = || split.train.iter().chain(&split.val);
+    let Some(first) = cells().find(empty) else { return Ok(()) };
+    let name = corpus.cell_id(*first as usize)?;
+    Err(Error::new(
+        Code::EmptyCell,
+        "a cell has no gene of the vocabulary, and the model adds no special token",
+    )
+    .at(format!("{}: cell {first} ({name:?})", corpus.path().display()))
+    .found(format!("{} such cells of {}", cells().filter(empty).count(), cells().count()))
+    .next("pack again without empty cells (--empty-cells skip)"))
+}
+
 /// The genes of all sets of a marker file.
 fn globals(file: &Path, vocab: &Vocab, config: &ModelConfig) -> Result<Vec<u32>> {
     if config.attention == Pattern::Dense {
@@ -221,8 +280,9 @@ fn globals(file: &Path, vocab: &Vocab, config: &ModelConfig) -> Result<Vec<u32>>
     Ok(RawSets::load(file, vocab, None)?.all()?.genes())
 }
 
-/// The checkpoint that a resumed run continues from.
+/// The checkpoint that a resumed run continues from. A folder that another process writes is refused here, before anything is read.
 fn resume_point(inputs: &RunInputs, observer: &mut dyn Observer) -> Result<Option<PathBuf>> {
+    RunFolder::look(&inputs.out, inputs.force_unlock)?;
     let found = checkpoints(&inputs.out)?;
     match inputs.resume {
         Resume::No if !found.is_empty() => {
@@ -254,60 +314,6 @@ fn resume_point(inputs: &RunInputs, observer: &mut dyn Observer) -> Result<Optio
     }
 }
 
-/// Settings that may differ between a run's start and its continuation: they do not touch the numbers.
-const FREE: [&str; 7] = [
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.keep",
-    "train.max_bad_steps",
-    "train.recompute",
-    "batch.ahead",
-    "train.eval_cells",
-];
-
-/// The effective settings; a resumed run takes those of its start and refuses others.
-fn effective(stage: Stage, inputs: &RunInputs, config: &ModelConfig, resumes: bool) -> Result<Settings> {
-    if !resumes {
-        return inputs.sources.resolve(stage, config);
-    }
-    let saved = inputs.out.join(SETTINGS);
-    let of_start = Sources { config: Some(saved.clone()), ..Sources::default() }.resolve(stage, config)?;
-    let mut sources = inputs.sources.clone();
-    sources.config = sources.config.or(Some(saved.clone()));
-    let now = sources.resolve(stage, config)?;
-    let flat = |settings: &Settings| -> Result<Vec<(String, String)>> {
-        let table = toml::Table::try_from(settings).map_err(|e| Error::bug(format!("settings: {e}")))?;
-        let mut leaves = Vec::new();
-        flatten("", &toml::Value::Table(table), &mut leaves);
-        Ok(leaves)
-    };
-    for ((name, wanted), (_, found)) in flat(&of_start)?.into_iter().zip(flat(&now)?) {
-        if wanted != found && !FREE.contains(&name.as_str()) {
-            return Err(Error::new(
-                Code::ResumeOther,
-                format!("setting {name} differs from the run's start"),
-            )
-            .at(saved.display())
-            .found(found)
-            .wanted(wanted)
-            .next("leave it out to continue the run, or start another with another --out"));
-        }
-    }
-    Ok(now)
-}
-
-fn flatten(path: &str, value: &toml::Value, leaves: &mut Vec<(String, String)>) {
-    match value {
-        toml::Value::Table(table) => {
-            for (key, value) in table {
-                let dot = if path.is_empty() { "" } else { "." };
-                flatten(&format!("{path}{dot}{key}"), value, leaves);
-            }
-        }
-        leaf => leaves.push((path.to_string(), leaf.to_string())),
-    }
-}
-
 /// The split: of the flags, of the run itself (resumed), of the checkpoint's run, or the default; said aloud.
 fn divide(
     corpus: &Corpus,
@@ -325,9 +331,6 @@ fn divide(
         labels_per_class: flags.labels_per_class,
         seed: settings.seed,
     };
-    if resumes {
-        return Split::restore(corpus, &read_split(&inputs.out.join(SPLIT))?);
-    }
     let rule = match (&flags.split, &flags.holdout) {
         (Some(_), Some(_)) => {
             return Err(Error::new(Code::FlagConflict, "--split and --holdout exclude each other"));
@@ -336,6 +339,21 @@ fn divide(
         (None, Some(text)) => Some(SplitRule::parse_holdout(text, flags.validation)?),
         (None, None) => None,
     };
+    if resumes {
+        let record = read_split(&inputs.out.join(SPLIT))?;
+        same_division(flags, rule.as_ref(), &record.spec)?;
+        if !inputs.allow.corpus || record.corpus_digest == corpus.digest() {
+            return Split::restore(corpus, &record);
+        }
+        let split = Split::make(corpus, &record.spec)?;
+        observer.note(&format!(
+            "another corpus, divided by the run's rule: {} train, {} validation, {} test",
+            split.train.len(),
+            split.val.len(),
+            split.test.len()
+        ));
+        return Ok(split);
+    }
     let split = match (rule, inherited(inputs.checkpoint.as_deref(), corpus)?) {
         (Some(rule), _) => Split::make(corpus, &spec(rule))?,
         (None, Some((place, record))) => {

@@ -12,6 +12,7 @@
 //! | [`optimizer`], [`schedule`] | AdamW over ranges of flat stores; warm-up and decay |
 //! | [`shard`] | moments divided over the ranks |
 //! | [`folder`], [`state`] | run folders that survive any kill; what a resumed run finds again |
+//! | [`spikes`] | gradient norms and losses far above those before them |
 //! | [`record`] | what a logged step says and how fast it went |
 //! | [`observer`] | who watches |
 
@@ -30,14 +31,16 @@ pub mod refine_start;
 pub mod run;
 mod saver;
 pub mod schedule;
+mod sealed;
 pub mod shard;
+pub mod spikes;
 pub mod stages;
 pub mod state;
 pub mod summary;
 pub mod task;
 pub mod trunk;
 
-pub use inputs::{Resume, RunInputs, SplitFlags};
+pub use inputs::{Allowed, Resume, RunInputs, SplitFlags};
 pub use observer::{Flow, Observer, Unwatched};
 pub use refine_start::MarkerInputs;
 pub use summary::RunSummary;

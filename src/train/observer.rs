@@ -2,6 +2,7 @@
 
 use super::record::StepRecord;
 use crate::config::Stage;
+use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -36,6 +37,10 @@ pub trait Observer {
         let _ = step;
         false
     }
+    /// Fault injection: a number to put into this step's gradient?
+    fn spikes(&self, step: u64) -> Option<f32> {
+        self.poisons(step).then_some(f32::NAN)
+    }
 }
 
 /// Watches nothing.
@@ -44,10 +49,10 @@ pub struct Unwatched;
 
 impl Observer for Unwatched {}
 
-/// SIGINT and SIGTERM: the first asks for a checkpoint at the end of the step, the second stops the process at once.
+/// SIGINT, SIGTERM and SIGUSR1 (which some schedulers send ahead of their own end): the first asks for a checkpoint at the end of the step, the second stops the process at once.
 pub fn stop_on_signals() -> Arc<AtomicBool> {
     let flag = Arc::new(AtomicBool::new(false));
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+    for signal in [SIGINT, SIGTERM, SIGUSR1] {
         // In this order: the second signal finds the flag set by the first. Registration fails for forbidden signals alone.
         let _ = signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, flag.clone());
         let _ = signal_hook::flag::register(signal, flag.clone());

@@ -44,6 +44,8 @@ pub struct StepRecord {
     pub fraction_of_peak: Option<f64>,
     /// Skipped steps so far.
     pub bad_steps: u64,
+    /// Spikes of the gradient norm or the loss so far.
+    pub spikes: u64,
     /// Memory of this process.
     pub host_memory_bytes: u64,
     /// Seconds since 1970.
@@ -68,6 +70,7 @@ impl StepRecord {
             ("tokens_per_s", self.tokens_per_s),
             ("gflop_per_s", self.gflop_per_s),
             ("bad_steps", self.bad_steps as f64),
+            ("spikes", self.spikes as f64),
             ("host_memory_bytes", self.host_memory_bytes as f64),
         ]);
         if let Some(fraction) = self.fraction_of_peak {
@@ -111,7 +114,7 @@ impl StepRecord {
 }
 
 /// Whole numbers among the scalars.
-const COUNTS: [&str; 4] = ["cells", "tokens", "bad_steps", "host_memory_bytes"];
+const COUNTS: [&str; 5] = ["cells", "tokens", "bad_steps", "spikes", "host_memory_bytes"];
 
 /// Counts cells, tokens and work against the clock.
 pub struct Meter {
@@ -168,7 +171,7 @@ impl Meter {
         self.since = Instant::now();
     }
 
-    /// The record of a step; starts the next interval.
+    /// The record of a step, with the counts of bad steps and spikes so far; starts the next interval.
     #[allow(clippy::too_many_arguments)] // the fields of a record, which has no partial state
     pub fn record(
         &mut self,
@@ -177,7 +180,7 @@ impl Meter {
         loss: Loss,
         learning_rate: f64,
         grad_norm: f64,
-        bad_steps: u64,
+        [bad_steps, spikes]: [u64; 2],
         evaluation: Option<Evaluation>,
     ) -> StepRecord {
         let seconds = self.seconds.max(1e-9);
@@ -196,6 +199,7 @@ impl Meter {
             gflop_per_s: flop_per_s / 1e9,
             fraction_of_peak: self.peak_flop_per_s.map(|peak| flop_per_s / peak),
             bad_steps,
+            spikes,
             host_memory_bytes: resident_bytes(),
             time: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64()),
             evaluation,

@@ -1,15 +1,17 @@
 //! The loop: batches in, updates out, a record of every logged step, a checkpoint that can always be continued from.
 //!
 //! One loop for all stages; what differs is a [`Task`]. A step whose global gradient norm is not finite changes nothing: it is
-//! skipped, counted and named, and after `train.max_bad_steps` in a row the run stops (exit 6).
+//! skipped, counted and named, and after `train.max_bad_steps` in a row the run stops (exit 6). A norm far above those before it is
+//! met as `train.spike_policy` says.
 //!
 //! The device is never waited for within a step. AdamW finds on the device whether a step is bad; the host hears of it while
 //! the next step's gradients are queued already, before that step's update, which is the first to depend on the count of updates.
-//! Logged steps, checkpoints and evaluations wait for the step that they end.
+//! Logged steps, checkpoints and evaluations wait for the step that they end; `train.spike_policy = "skip"` waits in every step.
 
 mod settle;
 
 use super::folder::{RunFolder, verify};
+use super::inputs::Allowed;
 use super::lora_file;
 use super::observer::{Flow, Observer};
 use super::optimizer::{Group, LOSS_SLOT, Moments, squared_norm, update};
@@ -52,6 +54,8 @@ pub struct Session<'a> {
     pub vocabulary: Option<Vec<u8>>,
     /// Checkpoint to continue from, already verified.
     pub resume: Option<PathBuf>,
+    /// Inputs that may be others than those of the checkpoint.
+    pub allow: Allowed,
     /// Command that continues the run, for the message after a signal.
     pub resume_command: Option<String>,
     /// Validation cells, already thinned; may be empty.
@@ -94,6 +98,7 @@ pub fn run<B: Backend<A>, A: Act>(
             updates: 0,
             bad_in_a_row: 0,
             bad_steps: 0,
+            spikes: Default::default(),
             sampler: sampler.state(),
             best: None,
             seconds: 0.0,
@@ -182,16 +187,19 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
         let logs = last || evaluates || step == 1 || step.is_multiple_of(train.log_every);
 
         let (losses, work) = self.gradients(&batches, logs)?;
-        if self.session.observer.poisons(step) {
-            self.trunk.dev.write(self.trunk.grads.flat_mut(), &[f32::NAN])?;
+        if let Some(value) = self.session.observer.spikes(step) {
+            self.inject(value)?;
         }
         let learning_rate = self.settings.optimizer.learning_rate * self.schedule.factor(step - 1);
         self.sum_over_ranks()?;
         let scalars = self.norm()?;
         self.settle(None)?;
-        self.update(step)?;
-        let cells = batches.iter().flat_map(|b| &b.whole.cells).copied().collect();
-        self.unsettled = Some(Unsettled { step, scalars, cells });
+        let cells: Vec<u32> = batches.iter().flat_map(|b| &b.whole.cells).copied().collect();
+        let (scalars, skipped) = self.held_back(step, scalars)?;
+        if !skipped {
+            self.update(step)?;
+        }
+        self.unsettled = Some(Unsettled { step, scalars, cells, skipped });
         let loss = self.loss(losses)?;
         let norm = match logs {
             true => self.settle(loss.as_ref())?,
@@ -222,7 +230,7 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
                 loss,
                 learning_rate,
                 norm,
-                self.state.bad_steps,
+                [self.state.bad_steps, self.state.spikes.seen],
                 evaluation.clone(),
             )
         });
@@ -513,6 +521,8 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
             best: self.state.best,
             steps: self.state.step,
             bad_steps: self.state.bad_steps,
+            spikes: self.state.spikes.seen,
+            spikes_skipped: self.state.spikes.skipped,
             loss: self.outcome.loss,
             evaluation: self.outcome.evaluation,
             seconds: self.state.seconds,
@@ -560,7 +570,7 @@ fn restore<B: Backend<A>, A: Act>(
     sampler: &mut Sampler,
 ) -> Result<LoopState> {
     let manifest = verify(place)?;
-    let state = LoopState::read(&manifest, &session.identity, place)?;
+    let mut state = LoopState::read(&manifest, &session.identity, place, session.allow)?;
     let (before, now) = (manifest["world_size"].as_u64().unwrap_or(1), trunk.ranks.world() as u64);
     if before != now {
         session.observer.note(&format!(
@@ -584,6 +594,45 @@ fn restore<B: Backend<A>, A: Act>(
         moments.push((own.name, own.moments, own.len, 0..own.len));
     }
     read_moments(&trunk.dev, place, moments)?;
-    sampler.restore(&state.sampler)?;
+    let other_corpus = manifest["identity"]["corpus"] != session.identity["corpus"];
+    goes_on(session, &mut state, sampler, other_corpus).map_err(|e| match e.place() {
+        Some(_) => e,
+        None => e.at(place.display()),
+    })?;
     Ok(state)
+}
+
+/// Where a resumed run stands among its cells and how long it is, with what was allowed to be new.
+fn goes_on(
+    session: &mut Session<'_>,
+    state: &mut LoopState,
+    sampler: &mut Sampler,
+    other_corpus: bool,
+) -> Result<()> {
+    let now = sampler.state();
+    let place = &state.sampler;
+    let other_order = (now.seed, now.sampling, now.order) != (place.seed, place.sampling, place.order);
+    if other_corpus || (other_order && session.allow.settings) {
+        // A position means nothing among other cells, or in another order of them.
+        session.observer.note(&format!(
+            "{}: its cells come from the first epoch on; step {} of {} is next",
+            if other_corpus { "another corpus" } else { "another order of the cells" },
+            state.step + 1,
+            state.steps
+        ));
+        state.sampler = now;
+    } else {
+        sampler.restore(&state.sampler)?;
+    }
+    if other_corpus {
+        // Measured on other cells.
+        state.best = None;
+    }
+    let steps = total_steps(&session.settings, sampler.epoch_len());
+    let epochs_of_another = other_corpus && session.settings.train.steps == 0;
+    if session.allow.settings && !epochs_of_another && steps != state.steps {
+        session.observer.note(&format!("the run has {steps} steps; it had {}", state.steps));
+        state.steps = steps;
+    }
+    Ok(())
 }

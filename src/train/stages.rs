@@ -147,6 +147,16 @@ fn refine_on<B: Backend<A> + Ceiling, A: Act>(
 ) -> Result<RunSummary> {
     // A split taken over may name a label column; without --label its labels are not looked at.
     let labelled = inputs.split.label.is_some();
+    if opened.other_corpus {
+        return Err(Error::new(Code::ResumeOther, "a refine run cannot go on with another corpus")
+            .at(opened.corpus.path().display())
+            .found("--allow-corpus")
+            .wanted("the corpus whose cells the run's teacher and targets belong to")
+            .next(format!(
+                "refine anew from its weights: --checkpoint {} with another --out",
+                inputs.out.display()
+            )));
+    }
     let settings = &opened.settings;
     let training = opened.split.training();
     let markers = marker_sets(marker_inputs, &opened, &training, labelled)?;
@@ -226,7 +236,17 @@ fn trunk<B: Backend<A>, A: Act>(
 ) -> Result<Trunk<B, A>> {
     let (config, settings) = (&opened.config, &opened.settings);
     let params = match opened.resume.as_ref().or(opened.start.as_ref()) {
-        Some(folder) => checkpoint::load::<B, A>(dev, folder, LoadOptions::default())?.1,
+        Some(folder) => {
+            let (loaded, params) = checkpoint::load::<B, A>(dev, folder, LoadOptions::default())?;
+            if loaded.vocab != config.vocab {
+                return Err(Error::new(Code::ResumeOther, "the run was started with another vocabulary")
+                    .at(folder.display())
+                    .found(format!("{} ids", config.vocab))
+                    .wanted(format!("{} ids, a row of the word table each", loaded.vocab))
+                    .next("give the corpus of the run's start, or start another run with another --out"));
+            }
+            params
+        }
         None => Parameters::random(dev, config, settings.seed)?,
     };
     let mut trunk = Trunk::new(dev, config, params, opened.corpus.clone(), settings, ranks, learns)?;
@@ -248,7 +268,7 @@ fn finish<B: Backend<A> + Ceiling, A: Act>(
     sampler: Sampler,
     observer: &mut dyn Observer,
 ) -> Result<RunSummary> {
-    if opened.resume.is_none() && inputs.ranks.leads() {
+    if (opened.resume.is_none() || opened.other_corpus) && inputs.ranks.leads() {
         opened.write_run_record(stage, inputs, &identity)?;
     }
     let validation = opened.validation();
@@ -261,6 +281,7 @@ fn finish<B: Backend<A> + Ceiling, A: Act>(
         start: opened.start,
         vocabulary: Some(opened.vocab_file),
         resume: opened.resume,
+        allow: inputs.allow,
         resume_command: inputs.resume_command.clone(),
         validation,
         peak_flop_per_s: trunk.dev.peak(!A::IS_F32).map(|peak| 1e9 * peak.gflop_per_s),

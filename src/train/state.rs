@@ -3,7 +3,9 @@
 //! Weights lie in `model.safetensors` (f32 masters, exact), the stage's own in its own files, the moments here in
 //! `state.safetensors`, the rest in `state.json`. With them a resumed run makes the same bits as one that never stopped.
 
+use super::inputs::Allowed;
 use super::optimizer::Moments;
+use super::spikes::Spikes;
 use crate::corpus::SamplerState;
 use crate::device::Device;
 use crate::error::{Code, Error, Result};
@@ -32,6 +34,9 @@ pub struct LoopState {
     pub bad_in_a_row: u64,
     /// Bad steps in all.
     pub bad_steps: u64,
+    /// Norms and losses that the next are compared with; checkpoints of before there were any lack it.
+    #[serde(default)]
+    pub spikes: Spikes,
     /// Where the sampler stands.
     pub sampler: SamplerState,
     /// The best evaluation so far.
@@ -57,11 +62,11 @@ impl LoopState {
         serde_json::json!({"format": FORMAT, "world_size": world, "identity": identity, "loop": self})
     }
 
-    /// Reads a manifest and meets it with the inputs of this run.
+    /// Reads a manifest and meets it with the inputs of this run, but for those that are `allowed` to be others.
     ///
     /// # Errors
     /// Input: another format, or inputs that are not the run's: corpus, vocabulary, label, markers, split.
-    pub fn read(manifest: &Value, identity: &Value, place: &Path) -> Result<LoopState> {
+    pub fn read(manifest: &Value, identity: &Value, place: &Path, allowed: Allowed) -> Result<LoopState> {
         if manifest["format"].as_u64() != Some(FORMAT as u64) {
             return Err(Error::new(Code::CheckpointState, "the checkpoint's state has another format")
                 .at(place.display())
@@ -70,9 +75,17 @@ impl LoopState {
         }
         let empty = Map::new();
         let theirs = manifest["identity"].as_object().unwrap_or(&empty);
+        let other_corpus = allowed.corpus && theirs.get("corpus") != identity.get("corpus");
         for (name, mine) in identity.as_object().unwrap_or(&empty) {
             let there = theirs.get(name).unwrap_or(&Value::Null);
-            if there != mine {
+            let passes = match name.as_str() {
+                "corpus" => allowed.corpus,
+                "vocabulary" => allowed.vocabulary,
+                // The same rule over other cells.
+                "split" => other_corpus && mine["spec"] == there["spec"],
+                _ => false,
+            };
+            if there != mine && !passes {
                 return Err(Error::new(
                     Code::ResumeOther,
                     format!("the run was started with another {}", name.replace('_', " ")),

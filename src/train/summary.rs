@@ -21,6 +21,10 @@ pub struct RunSummary {
     pub steps: u64,
     /// Steps skipped for a NaN or an infinity.
     pub bad_steps: u64,
+    /// Spikes of the gradient norm or the loss.
+    pub spikes: u64,
+    /// Steps whose update was left out for one.
+    pub spikes_skipped: u64,
     /// Loss of the last logged step.
     pub loss: Loss,
     /// Measures of the last evaluation.
@@ -44,7 +48,8 @@ impl RunSummary {
             all.into_iter().map(|(n, v)| (n.to_string(), json!(v))).collect::<serde_json::Map<_, _>>()
         });
         json!({"stage": self.stage, "out": self.out, "checkpoint": self.checkpoint, "best": self.best,
-            "steps": self.steps, "bad_steps": self.bad_steps, "loss": self.loss.total, "terms": terms,
+            "steps": self.steps, "bad_steps": self.bad_steps, "spikes": self.spikes,
+            "spikes_skipped": self.spikes_skipped, "loss": self.loss.total, "terms": terms,
             "evaluation": evaluation, "seconds": self.seconds, "cells_per_s": self.cells_per_s,
             "tokens_per_s": self.tokens_per_s})
     }
@@ -65,6 +70,13 @@ impl RunSummary {
         }
         if self.bad_steps > 0 {
             text += &format!("{} steps skipped: NaN or infinity in the gradient\n", self.bad_steps);
+        }
+        if self.spikes > 0 {
+            let skipped = self.spikes_skipped;
+            text += &format!(
+                "{} spikes of the gradient norm or the loss, {skipped} updates left out\n",
+                self.spikes
+            );
         }
         text + &format!("run: {}\n", self.out.display())
     }

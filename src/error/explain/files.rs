@@ -6,7 +6,8 @@ pub(super) const TABLE: &[Explanation] = &[
     code(
         Code::FileMissing,
         "no such file or folder",
-        "The path names nothing, or a part of it is missing.",
+        "The path names nothing, or a part of it is missing; or nothing can have such a name: a link that leads to itself, \
+         a name too long.",
         &["Look for a typo and at the working folder: paths are taken from where the command is started."],
     ),
     code(
@@ -62,7 +63,8 @@ pub(super) const TABLE: &[Explanation] = &[
     code(
         Code::GzipDamaged,
         "the gzip file is damaged or cut off",
-        "It starts as gzip and does not decompress to its end.",
+        "It starts as gzip and does not decompress to its end, or it unpacks to more than a hundred times its size, as no \
+         table of names or counts does.",
         &["`gzip -t FILE` says the same; download it again."],
     ),
     code(

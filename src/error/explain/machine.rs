@@ -167,4 +167,16 @@ pub(super) const TABLE: &[Explanation] = &[
         "`bench` compares each kernel with a second way of computing the same, and they differ beyond rounding.",
         &["Do not train on this device; send in the output together with `cellrefine doctor`."],
     ),
+    code(
+        Code::TrainingSpike,
+        "the gradient norm or the loss spiked",
+        "It lies further above those of the last 128 steps than `train.spike_z` standard deviations, and \
+         `train.spike_policy` is `stop`. No checkpoint is written of it: the last one is from before. The message has z, and \
+         names the file with the cells of the step.",
+        &[
+            "Go on without the step: `--resume --allow-settings --set train.spike_policy=skip`.",
+            "Go on more carefully: `--resume --allow-settings --set optimizer.learning_rate=…`, with a lower one.",
+            "Look at the cells that the message names: `cellrefine inspect`.",
+        ],
+    ),
 ];

@@ -7,9 +7,9 @@
 use crate::error::{Code, Error, Result};
 use crate::report::html::{brief, escape, folded_table, number};
 use crate::report::svg::{Scale, Svg};
+use crate::whole_file;
 use serde_json::Value;
 use std::collections::BTreeMap;
-use std::io::Read;
 use std::path::Path;
 
 /// Largest JSON file that is read: a trace holds at most a million ranges.
@@ -41,21 +41,8 @@ pub struct Bench {
 /// # Errors
 /// Input: too large, not JSON.
 pub fn read_json(path: &Path) -> Result<Value> {
-    let failed = |e: &std::io::Error| Error::io(path, "read", e);
-    let file = std::fs::File::open(path).map_err(|e| failed(&e))?;
-    let mut text = String::new();
-    file.take(MOST_BYTES + 1).read_to_string(&mut text).map_err(|e| match e.kind() {
-        std::io::ErrorKind::InvalidData => Error::new(Code::NotJson, "the file is not JSON")
-            .at(path.display())
-            .found("bytes that are not UTF-8"),
-        _ => failed(&e),
-    })?;
-    if text.len() as u64 > MOST_BYTES {
-        return Err(Error::new(Code::FileTooLarge, "the JSON file is too large")
-            .at(path.display())
-            .wanted("at most 256 MiB"));
-    }
-    serde_json::from_str(&text).map_err(|e| {
+    let text = whole_file::read(path, "read the file", MOST_BYTES)?;
+    serde_json::from_slice(&text).map_err(|e| {
         Error::new(Code::NotJson, "the file is not JSON").at(path.display()).found(e.to_string())
     })
 }

@@ -3,9 +3,12 @@
 use super::matrix::{Shade, matrix};
 use crate::error::{Code, Error, Result};
 use crate::report::html::{escape, folded_table, number};
+use crate::whole_file;
 use std::collections::HashMap;
 use std::path::Path;
 
+/// A table of all genes by a hundred prototypes has half of it.
+const MAX_BYTES: u64 = 256 << 20;
 /// Genes drawn, and rows of the table below.
 const DRAWN: usize = 25;
 const TABLED: usize = 100;
@@ -30,7 +33,7 @@ impl Effect {
 /// # Errors
 /// Input, with the line: not a table that `perturb` wrote with prototypes.
 pub fn html(path: &Path) -> Result<String> {
-    let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, "read the table", &e))?;
+    let text = whole_file::read_text(path, "read the table", MAX_BYTES)?;
     let (prototypes, mut effects) = read(&text).map_err(|e| e.at(path.display()))?;
     effects.retain(|e| e.cells > 0);
     effects.sort_by(|a, b| b.strongest().total_cmp(&a.strongest()).then(a.name.cmp(&b.name)));
