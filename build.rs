@@ -33,8 +33,12 @@ fn build() -> Result<(), String> {
     for variable in nvcc::VARIABLES {
         println!("cargo::rerun-if-env-changed={variable}");
     }
+    // A path that is not there counts as changed, and would build everything again at every call of cargo: scripts/cuda-toolkit.sh
+    // touches this file when it brings the compiler.
     for path in ["build.rs", "build", "kernels", ".cuda/nvidia/cu13/bin/nvcc"] {
-        println!("cargo::rerun-if-changed={path}");
+        if root.join(path).exists() {
+            println!("cargo::rerun-if-changed={path}");
+        }
     }
     let mut folders = vec![kernels.clone()];
     let toy = root.join("tests/toy_kernel");

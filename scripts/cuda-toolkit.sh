@@ -33,6 +33,7 @@ install() {
   rm -rf "$folder"
   mv "$fresh" "$folder"
   trap - EXIT
+  touch build.rs # which looks for the compiler, and is run again
   echo "$folder: installed $*"
 }
 
