@@ -10,7 +10,7 @@ use super::wire::{FrameKind, Greeting, HEADER, Header, TEXT};
 use super::{Call, Collective, Operation, Transport};
 use crate::error::{Code, Error, Result};
 use std::io::{ErrorKind, Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::AsRawFd;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -27,6 +27,9 @@ pub struct Place {
     /// Longest wait for a rank, when meeting and in every exchange.
     pub timeout: Duration,
 }
+
+/// How long a rank that stops waits for the others to hear why.
+const FAREWELL: Duration = Duration::from_millis(500);
 
 struct Peer {
     stream: TcpStream,
@@ -314,6 +317,21 @@ impl Transport for Tcp {
             let _ = peer.stream.set_nonblocking(false);
             let _ = peer.stream.set_write_timeout(Some(Duration::from_secs(1)));
             let _ = send_frame(&mut peer.stream, FrameKind::Abort, text);
+        }
+        // A socket that is closed on unread bytes is reset, and the reason that was sent goes with it.
+        let deadline = Instant::now() + FAREWELL;
+        for peer in peers.iter_mut().flatten() {
+            let _ = peer.stream.shutdown(Shutdown::Write);
+            let _ = peer.stream.set_nonblocking(false);
+            let mut unread = [0; 4096];
+            loop {
+                let left = deadline.saturating_duration_since(Instant::now());
+                // A time-out of zero would be none, which is refused.
+                let waits = peer.stream.set_read_timeout(Some(left)).is_ok();
+                if !waits || !peer.stream.read(&mut unread).is_ok_and(|n| n > 0) {
+                    break;
+                }
+            }
         }
     }
 }

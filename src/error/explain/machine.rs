@@ -37,7 +37,10 @@ pub(super) const TABLE: &[Explanation] = &[
         Code::AnotherWriter,
         "another process is writing there",
         "Two writers in one folder would mix their files. The message says which process has it, on which host and since when.",
-        &["Wait for it, stop it, or choose another `--out`."],
+        &[
+            "Wait for it, stop it, or choose another `--out`.",
+            "Where it was killed on another host, `--force-unlock`: its name stays behind, and this host cannot see that it ended.",
+        ],
     ),
     code(
         Code::NoThread,

@@ -57,9 +57,13 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
     /// Puts `value` into one element of the gradient, of a weight that learns in this run.
     pub(super) fn inject(&mut self, value: f32) -> Result<()> {
         let trunk = &mut *self.trunk;
-        let adapted = |name: &str| trunk.adapters.is_some() && name == "layer.0.qkv_weight";
+        if trunk.adapters.is_none() {
+            return trunk.dev.write(trunk.grads.flat_mut(), &[value]);
+        }
+        // The first element is no adapter's.
         let list = trunk.params.layout().list();
-        let place = list.iter().find(|(p, _)| adapted(&p.name)).map_or(0, |(_, range)| range.start);
+        let adapted = list.iter().find(|(parameter, _)| parameter.name == "layer.0.qkv_weight");
+        let place = adapted.map_or(0, |(_, range)| range.start);
         let mut gradient = trunk.dev.download(trunk.grads.flat())?;
         gradient[place] = value;
         trunk.dev.write(trunk.grads.flat_mut(), &gradient)
