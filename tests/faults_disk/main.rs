@@ -25,6 +25,9 @@ const TINY: &str = "--preset tiny --set model.layers=1 --set model.width=16 --se
 const STEPS: u64 = 6;
 const METRICS: &str = "metrics";
 
+/// Files by name.
+type Made = BTreeMap<String, Vec<u8>>;
+
 /// What is run: a stage into `run`, or pack into `y.cells`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Job {
@@ -117,7 +120,7 @@ impl Place {
     }
 
     /// What the job made, as far as it must be the same whatever happened on the way.
-    fn made(&self, job: Job) -> Result<BTreeMap<String, Vec<u8>>, String> {
+    fn made(&self, job: Job) -> Result<Made, String> {
         let out = job.out(&self.root);
         let mut made = BTreeMap::new();
         if job == Job::Pack {
@@ -172,7 +175,7 @@ impl Place {
     }
 
     /// Gives the command again; afterwards all must be as if nothing had happened, and nothing left beside it.
-    fn again(&self, job: Job, reference: &BTreeMap<String, Vec<u8>>) -> Result<(), String> {
+    fn again(&self, job: Job, reference: &Made) -> Result<(), String> {
         if job == Job::Pack && job.out(&self.root).exists() {
             // It was finished: pack refuses to write over it.
         } else {
@@ -242,7 +245,7 @@ fn some<T: Clone>(list: Vec<T>, few: usize) -> Vec<T> {
 }
 
 /// Every job with the record of its operations and what it makes.
-fn references() -> Vec<(Job, Vec<Entry>, BTreeMap<String, Vec<u8>>)> {
+fn references() -> Vec<(Job, Vec<Entry>, Made)> {
     let place = Place::new();
     [Job::Pack, Job::Pretrain, Job::Refine, Job::Finetune]
         .map(|job| {
