@@ -8,17 +8,18 @@
 //! the next step's gradients are queued already, before that step's update, which is the first to depend on the count of updates.
 //! Logged steps, checkpoints and evaluations wait for the step that they end; `train.spike_policy = "skip"` waits in every step.
 
+mod checkpoints;
+mod resume;
 mod settle;
 
-use super::folder::{RunFolder, verify};
+use super::folder::RunFolder;
 use super::inputs::Allowed;
-use super::lora_file;
 use super::observer::{Flow, Observer};
-use super::optimizer::{Group, LOSS_SLOT, Moments, squared_norm, update};
+use super::optimizer::{Group, LOSS_SLOT, squared_norm, update};
 use super::record::{Meter, Writers};
-use super::saver::{Save, Saver};
+use super::saver::Saver;
 use super::schedule::Schedule;
-use super::state::{Best, LoopState, read_moments, save_moments};
+use super::state::{Best, LoopState};
 use super::summary::RunSummary;
 use super::task::{Evaluation, Loss, Task};
 use super::trunk::{Draw, Trunk, work};
@@ -28,14 +29,13 @@ use crate::device::{Act, Later};
 use crate::error::{Code, Error, Result};
 use crate::model::checkpoint::{self, Pointer};
 use crate::model::flops::Work;
-use crate::model::snapshot::Snapshot;
 use crate::ops::Backend;
 use crate::trace;
+use checkpoints::checkpoint_bytes;
+use resume::restore;
 use serde_json::Value;
 use settle::Unsettled;
-use std::ffi::OsString;
-use std::os::unix::ffi::OsStringExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 /// What a run is besides its network and its task.
@@ -421,81 +421,6 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
         true
     }
 
-    /// Begins a checkpoint of the leading rank's: what it holds is copied here, and written while training goes on. All ranks
-    /// hear of the one before, whether it is on the disk.
-    fn publish(&mut self, step: u64, best: bool) -> Result<()> {
-        self.settle(None)?;
-        let _range = trace::range("checkpoint");
-        self.same_weights()?;
-        self.saved()?;
-        let ranks = self.trunk.ranks.clone();
-        let trunk = &*self.trunk;
-        let gathered = match &trunk.shard {
-            Some(shard) => shard.gather(&trunk.dev, &trunk.moments)?,
-            None => None,
-        };
-        ranks.lead(|| self.begin_checkpoint(step, best, gathered).map(|()| Vec::new()))?;
-        self.meter.pause();
-        Ok(())
-    }
-
-    /// Waits for the checkpoint that is being written; all ranks hear whether it is on the disk.
-    fn saved(&mut self) -> Result<()> {
-        let _range = trace::range("checkpoint");
-        let ranks = self.trunk.ranks.clone();
-        let saver = &mut self.saver;
-        let place = ranks.lead(|| Ok(saver.wait()?.unwrap_or_default().into_os_string().into_vec()))?;
-        if !place.is_empty() {
-            self.outcome.published = Some(OsString::from_vec(place).into());
-        }
-        Ok(())
-    }
-
-    /// Every rank must hold the same weights, to the bit: what a checkpoint says is true of all of them.
-    fn same_weights(&mut self) -> Result<()> {
-        let ranks = &self.trunk.ranks;
-        if ranks.is_single() {
-            return Ok(());
-        }
-        let mut sum = crc32c::crc32c(bytemuck::cast_slice(
-            &self.trunk.dev.download(self.trunk.params.master().flat())?,
-        ));
-        if let Some(own) = self.task.own() {
-            sum = crc32c::crc32c_append(sum, bytemuck::cast_slice(&self.trunk.dev.download(own.weight)?));
-        }
-        let sums = ranks.messages(&sum.to_le_bytes())?;
-        let Some(other) = sums.iter().position(|theirs| *theirs != sums[0]) else { return Ok(()) };
-        Err(Error::new(Code::RanksDiffer, "the ranks hold different weights")
-            .at(format!("step {}, ranks 0 and {other}", self.state.step))
-            .found("CRCs of the weights that differ")
-            .wanted("the same bits on every rank: one build, one kind of processor or GPU")
-            .next("continue from the last checkpoint with --resume, on machines of one kind"))
-    }
-
-    /// `gathered` are the network's moments where they are divided over the ranks.
-    fn begin_checkpoint(&mut self, step: u64, best: bool, gathered: Option<[Vec<f32>; 2]>) -> Result<()> {
-        let (session, trunk, task) = (&self.session, &mut *self.trunk, &mut *self.task);
-        let (config, layout, master) = (&trunk.encoder.config, trunk.params.layout(), trunk.params.master());
-        let mut snapshot =
-            Snapshot::of_model(&trunk.dev, config, layout, master, session.vocabulary.as_deref())?;
-        task.save(&trunk.dev, &mut snapshot, config)?;
-        if let Some(adapters) = &trunk.adapters {
-            adapters.save(&trunk.dev, &mut snapshot)?;
-            lora_file::save(&trunk.dev, &mut snapshot, adapters, session.start.as_deref())?;
-        }
-        add_moments(&mut snapshot, trunk, task, gathered)?;
-        let save = Save {
-            step,
-            record: self.state.manifest(&session.identity, trunk.ranks.world()),
-            snapshot,
-            logs: self.writers.as_ref().map(Writers::lasting).unwrap_or_default(),
-            best,
-            best_step: self.state.best.as_ref().map(|b| b.step),
-            keep: self.settings.train.keep,
-        };
-        self.saver.begin(&session.folder, save)
-    }
-
     fn interrupted(&mut self, step: u64) -> Error {
         self.session.observer.end();
         let command = self.session.resume_command.clone();
@@ -532,107 +457,6 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
     }
 }
 
-/// Bytes of a checkpoint's numbers: weights, both moments, and what the stage and its adapters add.
-fn checkpoint_bytes<B: Backend<A>, A: Act>(trunk: &Trunk<B, A>, task: &mut dyn Task<B, A>) -> u64 {
-    let network = trunk.params.layout().len();
-    let learner = trunk.adapters.as_ref().map_or(2 * network, |a| network + 3 * a.layout().len());
-    4 * (network + learner + task.own().map_or(0, |own| 3 * own.len)) as u64
-}
-
 fn train_due(every: u64, step: u64) -> bool {
     every > 0 && step.is_multiple_of(every)
-}
-
-fn add_moments<B: Backend<A>, A: Act>(
-    snapshot: &mut Snapshot,
-    trunk: &Trunk<B, A>,
-    task: &mut dyn Task<B, A>,
-    gathered: Option<[Vec<f32>; 2]>,
-) -> Result<()> {
-    let host = |moments: &Moments<B>| -> Result<[Vec<f32>; 2]> {
-        Ok([trunk.dev.download(&moments.m)?, trunk.dev.download(&moments.v)?])
-    };
-    let network = gathered.map_or_else(|| host(&trunk.moments), Ok)?;
-    let mut moments = vec![(trunk.learner(), network)];
-    if let Some(own) = task.own() {
-        moments.push((own.name, host(own.moments)?));
-    }
-    save_moments(snapshot, moments)
-}
-
-/// Loads moments, the stage's own weights and the loop's state from the checkpoint at `place`; the trunk's weights were
-/// loaded from there when it was made.
-fn restore<B: Backend<A>, A: Act>(
-    session: &mut Session<'_>,
-    place: &Path,
-    trunk: &mut Trunk<B, A>,
-    task: &mut dyn Task<B, A>,
-    sampler: &mut Sampler,
-) -> Result<LoopState> {
-    let manifest = verify(place)?;
-    let mut state = LoopState::read(&manifest, &session.identity, place, session.allow)?;
-    let (before, now) = (manifest["world_size"].as_u64().unwrap_or(1), trunk.ranks.world() as u64);
-    if before != now {
-        session.observer.note(&format!(
-            "started by {before} ranks, continued by {now}: the same cells, masks and dropout in every step; sums over ranks are \
-             rounded elsewhere, so the last bits differ from those of {before} ranks"
-        ));
-    }
-    task.restore(&trunk.dev, place)?;
-    if let Some(adapters) = &mut trunk.adapters {
-        adapters.restore(&trunk.dev, place)?;
-    }
-    let own = task.own();
-    let (len, learner) = (trunk.params.layout().len(), trunk.learner());
-    let (whole, slice) = match (&trunk.adapters, &trunk.shard) {
-        (Some(adapters), _) => (adapters.layout().len(), 0..adapters.layout().len()),
-        (None, Some(shard)) => (len, shard.own()),
-        (None, None) => (len, 0..len),
-    };
-    let mut moments = vec![(learner, &mut trunk.moments, whole, slice)];
-    if let Some(own) = own {
-        moments.push((own.name, own.moments, own.len, 0..own.len));
-    }
-    read_moments(&trunk.dev, place, moments)?;
-    let other_corpus = manifest["identity"]["corpus"] != session.identity["corpus"];
-    goes_on(session, &mut state, sampler, other_corpus).map_err(|e| match e.place() {
-        Some(_) => e,
-        None => e.at(place.display()),
-    })?;
-    Ok(state)
-}
-
-/// Where a resumed run stands among its cells and how long it is, with what was allowed to be new.
-fn goes_on(
-    session: &mut Session<'_>,
-    state: &mut LoopState,
-    sampler: &mut Sampler,
-    other_corpus: bool,
-) -> Result<()> {
-    let now = sampler.state();
-    let place = &state.sampler;
-    let other_order = (now.seed, now.sampling, now.order) != (place.seed, place.sampling, place.order);
-    if other_corpus || (other_order && session.allow.settings) {
-        // A position means nothing among other cells, or in another order of them.
-        session.observer.note(&format!(
-            "{}: its cells come from the first epoch on; step {} of {} is next",
-            if other_corpus { "another corpus" } else { "another order of the cells" },
-            state.step + 1,
-            state.steps
-        ));
-        state.sampler = now;
-    } else {
-        sampler.restore(&state.sampler)?;
-    }
-    if other_corpus {
-        // Measured on other cells.
-        state.best = None;
-    }
-    let steps = total_steps(&session.settings, sampler.epoch_len());
-    let epochs_of_another = other_corpus && session.settings.train.steps == 0;
-    if session.allow.settings && !epochs_of_another && steps != state.steps {
-        session.observer.note(&format!("the run has {steps} steps; it had {}", state.steps));
-        state.steps = steps;
-    }
-    Ok(())
 }
