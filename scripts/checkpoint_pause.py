@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How long a checkpoint holds a training step up: from the trace of a run that makes one every few steps.
 
-    scripts/checkpoint_pause.py target/release/cellrefine [--preset v1] [--steps 24]
+    scripts/checkpoint_pause.py target/release/cellrefine [--preset gf-v1-10m] [--steps 24]
 
 Prints the median time of a step without its checkpoint, the median of what the checkpoint adds to it, what of that is the
 wait for an earlier one, and the share per step at one checkpoint in 200 steps.
@@ -20,7 +20,7 @@ EVERY = 4
 def main():
     args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args.add_argument("program")
-    args.add_argument("--preset", default="v1")
+    args.add_argument("--preset", default="gf-v1-10m")
     args.add_argument("--steps", type=int, default=24)
     args = args.parse_args()
     program = str(pathlib.Path(args.program).resolve())

@@ -7,6 +7,7 @@
 use super::lora::Adapters;
 use super::optimizer::{Moments, SLOTS};
 use super::pretrain::masking;
+use super::saver::checkpoint_bytes;
 use super::stages::learns_below;
 use super::trunk::{adapter_layout, step_sizes};
 use super::{finetune, refine};
@@ -60,6 +61,8 @@ pub struct Plan {
     threads: usize,
     /// Beside the buffers, on a GPU.
     cuda_workspace: u64,
+    /// Of a checkpoint: on the disk, and in host memory until it is there.
+    checkpoint: u64,
     capacity: Capacity,
     stage: Stage,
     parameters: usize,
@@ -200,7 +203,13 @@ fn plan_for<A: Act>(case: &PlanCase<'_>) -> Result<Plan> {
             .map(|(name, shape, bytes)| Entry { name: name.into(), shape, bytes })
             .collect(),
     };
+    let own = match case.stage {
+        Stage::Pretrain => 0,
+        Stage::Refine => types * width,
+        Stage::Finetune => types * (width + 1),
+    };
     Ok(Plan {
+        checkpoint: checkpoint_bytes(layout.len(), adapters.as_ref().map(|a| a.len()), own),
         groups,
         scratch,
         threads,
@@ -249,6 +258,7 @@ impl Plan {
             "groups": groups,
             "scratch": {"bytes": self.scratch_bytes(), "threads": self.threads, "kernels": self.scratch.entries},
             "cuda_workspace": self.cuda_workspace,
+            "checkpoint_bytes": self.checkpoint,
             "mean_tokens": self.mean_tokens,
             "tokens_per_step": self.tokens_per_step,
             "flop_per_step": self.flop_per_step,
@@ -295,6 +305,12 @@ impl Plan {
             mb(self.scratch_bytes())
         );
         let _ = writeln!(out, "{:<36} {}", "or what CUDA kernels work in", mb(self.cuda_workspace));
+        let _ = writeln!(
+            out,
+            "{:<36} {}  on the disk, and in host memory until it is there",
+            "a checkpoint, about",
+            mb(self.checkpoint)
+        );
         let _ = writeln!(
             out,
             "a step: {:.4} TFLOP over {:.0} tokens (mean cell {:.0})",

@@ -14,6 +14,12 @@ use serde_json::Value;
 use std::path::PathBuf;
 use std::thread::JoinHandle;
 
+/// Bytes of a checkpoint's numbers, nearly all of it: f32 weights of the network, with both moments or, where adapters learn, with
+/// the weights that they start from and theirs twice, and the stage's `own` parameters with moments.
+pub fn checkpoint_bytes(network: usize, adapters: Option<usize>, own: usize) -> u64 {
+    4 * (network + adapters.map_or(2 * network, |adapters| network + 4 * adapters) + 3 * own) as u64
+}
+
 /// A checkpoint to write.
 #[derive(Debug)]
 pub struct Save {

@@ -3,7 +3,7 @@
 use super::super::lora_file;
 use super::super::optimizer::Moments;
 use super::super::record::Writers;
-use super::super::saver::Save;
+use super::super::saver::{self, Save};
 use super::super::state::save_moments;
 use super::super::task::Task;
 use super::super::trunk::Trunk;
@@ -93,11 +93,10 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
     }
 }
 
-/// Bytes of a checkpoint's numbers: weights, both moments, and what the stage and its adapters add.
+/// Bytes of the checkpoints of a run.
 pub(super) fn checkpoint_bytes<B: Backend<A>, A: Act>(trunk: &Trunk<B, A>, task: &mut dyn Task<B, A>) -> u64 {
-    let network = trunk.params.layout().len();
-    let learner = trunk.adapters.as_ref().map_or(2 * network, |a| network + 3 * a.layout().len());
-    4 * (network + learner + task.own().map_or(0, |own| 3 * own.len)) as u64
+    let adapters = trunk.adapters.as_ref().map(|a| a.layout().len());
+    saver::checkpoint_bytes(trunk.params.layout().len(), adapters, task.own().map_or(0, |own| own.len))
 }
 
 fn add_moments<B: Backend<A>, A: Act>(
