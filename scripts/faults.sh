@@ -8,8 +8,9 @@ trap 'rm -f "$report"' EXIT
 tests=(--test faults_disk --test faults_inputs --test faults_runs)
 cargo test --release --no-run "${tests[@]}" || exit
 start=$SECONDS
+commit=$(git rev-parse --short HEAD)
 FAULTS=all FAULTS_REPORT=$report cargo test --release --no-fail-fast "${tests[@]}"
 status=$?
-python3 scripts/faults_table.py "$report" --seconds $((SECONDS - start)) --commit "$(git rev-parse --short HEAD)" \
+python3 scripts/faults_table.py "$report" --seconds $((SECONDS - start)) --commit "$commit" \
     --write docs/reliability.md || exit
 exit $status
