@@ -185,6 +185,8 @@ impl Meter {
     ) -> StepRecord {
         let seconds = self.seconds.max(1e-9);
         let flop_per_s = self.flop / seconds;
+        // A peak that is exceeded is none: other programs had the machine while it was measured. Then no share is told.
+        self.peak_flop_per_s = self.peak_flop_per_s.filter(|peak| flop_per_s <= *peak);
         let record = StepRecord {
             step,
             epoch,
@@ -259,5 +261,22 @@ impl Writers {
         self.lines.write(&line)?;
         self.events.scalars(record.step, record.scalars())?;
         self.prom.write(&line, &record.loss.terms)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_peak_that_is_exceeded_is_told_no_more() {
+        let mut meter = Meter::new(Some(10.0));
+        let mut share = |flop: f64| {
+            (meter.flop, meter.seconds) = (flop, 1.0);
+            meter.record(1, 0.0, Loss::default(), 0.0, 0.0, [0, 0], None).fraction_of_peak
+        };
+        assert_eq!(share(5.0), Some(0.5));
+        assert_eq!(share(11.0), None);
+        assert_eq!(share(5.0), None);
     }
 }
