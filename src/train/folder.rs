@@ -131,6 +131,11 @@ impl RunFolder {
         for name in ["best", "last", "metrics.jsonl", "metrics.prom"] {
             let _ = disk::remove_file(&self.root.join(name));
         }
+        for entry in fs::read_dir(&self.root).into_iter().flatten().flatten() {
+            if entry.file_name().to_string_lossy().starts_with("events.out.tfevents.") {
+                let _ = disk::remove_file(&entry.path());
+            }
+        }
         let parent = self.root.join("checkpoints");
         disk::remove_folder(&parent)
             .and_then(|()| disk::create_folders(&parent))
