@@ -18,6 +18,7 @@
 //! | [`train`] | steps, schedules, optimiser, run folders, resume |
 //! | [`eval`] | embeddings (`.npy`, Parquet, into a copy of the `.h5ad`), metrics, probes, splits, zero-shot annotation |
 //! | [`report`], [`mod@bench`] | run records; timings against counted floors |
+//! | [`mod@digest`] | SHA-256 as text |
 //! | [`disk`] | durable files: written beside, synced, renamed; faults on purpose |
 //! | [`lock`] | one writer to a folder |
 //! | [`trace`] | ranges of time for Perfetto and NVTX |
@@ -44,6 +45,7 @@ pub mod cpu;
 pub mod cuda;
 pub mod demo;
 pub mod device;
+pub mod digest;
 pub mod disk;
 pub mod error;
 pub mod eval;

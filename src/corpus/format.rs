@@ -18,6 +18,7 @@
 //! A shard knows its own category names (safetensors metadata); the manifest holds their sorted union, and a reader maps one
 //! to the other. So shards packed apart are merged by writing a manifest, and a shard's bytes depend on its cells alone.
 
+use crate::digest::hex;
 use crate::error::{Code, Error, Result};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -259,11 +260,6 @@ pub(super) fn plain_name(name: &str) -> bool {
     !name.is_empty()
         && !name.starts_with('.')
         && name.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c))
-}
-
-/// Lower-case hexadecimal.
-pub(super) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 /// File name of shard `index`.

@@ -5,12 +5,12 @@
 
 use super::format::*;
 use super::shard::Shard;
+use crate::digest::sha256;
 use crate::error::{Code, Error, Result, nearest};
 use crate::genes::{Vocab, vocab};
 use crate::whole_file;
 use half::f16;
 use rayon::prelude::*;
-use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
 
 /// The gene ids of a cell, in rank order, borrowed from the map.
@@ -143,7 +143,7 @@ impl Corpus {
         };
         let bytes = whole_file::read(&path, "read the corpus's vocabulary", vocab::MAX_BYTES)
             .map_err(|e| e.next("copy the folder again"))?;
-        let found = hex(&Sha256::digest(&bytes));
+        let found = sha256(&bytes);
         if found != *wanted {
             return Err(Error::new(Code::VocabularyFile, "the corpus's vocabulary file was changed")
                 .at(path.display())

@@ -9,9 +9,9 @@
 //! computed index by index (`permutation`), a window at a time, and whole corpora are kept as a range: memory and the time to start
 //! or resume do not grow with the corpus. [`CellOrder::Blocks`] is always computed.
 
-use super::format::hex;
 use super::permutation::{BlockOrder, Permutation};
 use super::splits::TrainingCells;
+use crate::digest::hex;
 use crate::error::{Code, Error, Result};
 use crate::rng::{Philox, site, stream_block};
 use serde::{Deserialize, Serialize};

@@ -6,10 +6,10 @@
 //! one load, and no byte reaches a batch unproved.
 
 use super::format::*;
+use crate::digest::sha256;
 use crate::error::{Code, Error, Result};
 use bytemuck::Pod;
 use memmap2::Mmap;
-use sha2::{Digest, Sha256};
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -343,7 +343,7 @@ impl Shard {
 
     /// SHA-256 of the whole file.
     pub fn sha256(&self) -> String {
-        hex(&Sha256::digest(&self.map[..]))
+        sha256(&self.map[..])
     }
 
     pub fn path(&self) -> &Path {

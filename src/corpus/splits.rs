@@ -6,12 +6,12 @@
 //! of `--labels-per-class 10` are those of `--labels-per-class 5`. Whatever is fitted takes [`TrainingCells`], which only a
 //! [`Split`] can make.
 
-use super::format::hex;
 pub use super::labels::Labels;
 use super::labels::unknown_value;
 use super::reader::Corpus;
 use super::strata::{choose_labelled, divide, included, refuse_single_cells, strata};
 pub use super::training_cells::TrainingCells;
+use crate::digest::hex;
 use crate::disk;
 use crate::error::{Code, Error, Result};
 use serde::{Deserialize, Serialize};

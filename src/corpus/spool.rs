@@ -2,6 +2,7 @@
 
 use super::format::*;
 use super::partial_folder::PartialFolder;
+use crate::digest::hex;
 use crate::disk::Output;
 use crate::error::Result;
 use sha2::{Digest, Sha256};

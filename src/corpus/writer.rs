@@ -8,10 +8,10 @@
 use super::format::*;
 use super::partial_folder::PartialFolder;
 use super::spool::{Spool, SummingWriter, Sums};
+use crate::digest::sha256;
 use crate::disk::Output;
 use crate::error::{Code, Error, Result};
 use half::f16;
-use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 
@@ -106,7 +106,7 @@ impl CorpusWriter {
         let vocab_sha256 = match &options.vocab_file {
             Some(bytes) => {
                 folder.write_file(VOCAB, bytes)?;
-                Some(hex(&Sha256::digest(bytes)))
+                Some(sha256(bytes))
             }
             None => None,
         };

@@ -12,6 +12,7 @@
 //! `CELLREFINE_FAULT_RECORD=FILE` appends every operation with its bytes to FILE, one JSON object a line ([`Entry`]): a test
 //! replays a power loss from it, dropping and reordering what no sync had fixed.
 
+use crate::digest::hex;
 use crate::error::{Code, Error, Result};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
@@ -314,8 +315,7 @@ impl Entry {
         Entry::Folder { path: whole(path) }
     }
     pub(super) fn written(path: &Path, at: u64, bytes: &[u8]) -> Entry {
-        let hex = bytes.iter().map(|b| format!("{b:02x}")).collect();
-        Entry::Write { path: whole(path), at, hex }
+        Entry::Write { path: whole(path), at, hex: hex(bytes) }
     }
     pub(super) fn cut(path: &Path, bytes: u64) -> Entry {
         Entry::Cut { path: whole(path), bytes }

@@ -2,10 +2,8 @@
 //!
 //! The date is left out: the same cells and the same weights give the same file.
 
-use crate::error::{Error, Result};
-use sha2::{Digest, Sha256};
-use std::fs::File;
-use std::io::Read;
+use crate::digest::sha256_of_file;
+use crate::error::Result;
 use std::path::Path;
 
 /// Origin of an embedding.
@@ -54,13 +52,5 @@ pub fn weights_sha256(folder: &Path) -> Result<String> {
     let names = ["model.safetensors", "model.safetensors.index.json"];
     let path =
         names.iter().map(|n| folder.join(n)).find(|p| p.is_file()).unwrap_or_else(|| folder.join(names[0]));
-    let failed = |e: std::io::Error| Error::io(&path, "read the weights", &e);
-    let mut file = File::open(&path).map_err(failed)?;
-    let (mut sum, mut block) = (Sha256::new(), vec![0; 1 << 20]);
-    loop {
-        match file.read(&mut block).map_err(failed)? {
-            0 => return Ok(sum.finalize().iter().map(|b| format!("{b:02x}")).collect()),
-            n => sum.update(&block[..n]),
-        }
-    }
+    sha256_of_file(&path)
 }

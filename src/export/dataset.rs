@@ -6,6 +6,7 @@
 //! cells. Record batches of 1,000 cells are written one by one, so memory does not grow with the corpus.
 
 use crate::corpus::{Corpus, ObsKind};
+use crate::digest::hex;
 use crate::disk::{Output, write_synced};
 use crate::error::{Code, Error, Result};
 use crate::genes::Vocab;
@@ -131,7 +132,7 @@ pub fn export(
         let info = json!({"citation": "", "description": "", "features": features(&schema), "homepage": "", "license": ""});
         write_synced(&folder.join("dataset_info.json"), format!("{info:#}\n").as_bytes())?;
         let fingerprint = Sha256::digest(format!("{} {max_tokens}", corpus.digest()).as_bytes());
-        let fingerprint: String = fingerprint[..8].iter().map(|b| format!("{b:02x}")).collect();
+        let fingerprint = hex(&fingerprint[..8]);
         let data_files: Vec<Value> = names.iter().map(|n| json!({"filename": n})).collect();
         let state = json!({"_data_files": data_files, "_fingerprint": fingerprint, "_format_columns": null, "_format_kwargs": {},
             "_format_type": null, "_output_all_columns": false, "_split": null});

@@ -12,6 +12,7 @@
 //! bits of the medians, because a checkpoint depends on these; it leaves symbols out, so that adding symbols to a vocabulary
 //! keeps old checkpoints and corpora usable. Names in angle brackets are special tokens; `<pad>` and `<mask>` must exist.
 
+use crate::digest::hex;
 use crate::disk;
 use crate::error::{Code, Error, Result};
 use crate::whole_file;
@@ -404,14 +405,6 @@ fn digest(token: &[String], median: &[f64]) -> String {
         hash.update(b"\n");
     }
     hex(&hash.finalize())
-}
-
-/// Lower-case hexadecimal.
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut out, b| {
-        let _ = write!(out, "{b:02x}");
-        out
-    })
 }
 
 #[cfg(test)]

@@ -14,13 +14,13 @@ use crate::cli::Progress;
 use crate::corpus::format::{Manifest, VocabIdentity};
 use crate::corpus::part::{Part, PartRecord, within};
 use crate::corpus::writer::{CellRecord, CorpusOptions, CorpusWriter, ObsSpec, ObsValue};
+use crate::digest::sha256;
 use crate::error::{Code, Error, Result};
 use crate::genes::mapping::{GeneMapping, MappingOptions, MappingReport, SymbolMap, map_genes};
 use crate::genes::tokenize::{Scratch, Tokenizer};
-use crate::genes::vocab::{Vocab, hex};
+use crate::genes::vocab::Vocab;
 use half::f16;
 use rayon::prelude::*;
-use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -403,7 +403,7 @@ impl Plan {
         let obs: Vec<_> = self.obs.iter().map(|o| serde_json::json!([o.name, o.kind])).collect();
         let job =
             serde_json::json!([vocab.digest(), files, obs, written, options.shard_cells(), self.prefixed]);
-        Ok(hex(&Sha256::digest(job.to_string())))
+        Ok(sha256(job.to_string()))
     }
 }
 

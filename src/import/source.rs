@@ -14,9 +14,9 @@ use super::hf_dataset::{self, HfDataset};
 use super::matrix::{Pass, RowBlock};
 use super::mtx::{self, Mtx};
 use super::tenx::{self, TenxH5};
+use crate::digest::{hex, sha256_of_file};
 use crate::error::{Code, Error, Result};
 use crate::genes::mapping::NameColumn;
-use crate::genes::vocab::hex;
 use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -159,27 +159,12 @@ pub(super) fn digest(path: &Path) -> Result<String> {
     } else if mtx::is_mtx(path) {
         mtx::files(path)?
     } else {
-        return file_digest(path);
+        return sha256_of_file(path);
     };
     let mut hash = Sha256::new();
     for file in files {
         let name = file.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-        hash.update(format!("{name} {}\n", file_digest(&file)?));
+        hash.update(format!("{name} {}\n", sha256_of_file(&file)?));
     }
     Ok(hex(&hash.finalize()))
-}
-
-fn file_digest(path: &Path) -> Result<String> {
-    use std::io::Read;
-    let fail = |e: std::io::Error| Error::io(path, "read the file", &e);
-    let mut file = std::fs::File::open(path).map_err(fail)?;
-    let mut hash = Sha256::new();
-    let mut buffer = vec![0u8; 1 << 18];
-    loop {
-        let n = file.read(&mut buffer).map_err(fail)?;
-        if n == 0 {
-            return Ok(hex(&hash.finalize()));
-        }
-        hash.update(&buffer[..n]);
-    }
 }

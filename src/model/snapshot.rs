@@ -9,6 +9,7 @@ use super::store::{Layout, Store};
 use super::tensors::{Declared, header};
 use super::weights::{Classification, Parts};
 use crate::device::Device;
+use crate::digest::hex;
 use crate::disk::{self, Output};
 use crate::error::{Error, Result};
 use serde_json::{Map, Value, json};
@@ -200,7 +201,7 @@ impl Content {
             }
         }
         out.into_inner().map_err(|e| e.into_error())?.sync()?;
-        Ok((size, hash.finalize().iter().map(|b| format!("{b:02x}")).collect()))
+        Ok((size, hex(&hash.finalize())))
     }
 }
 
@@ -225,8 +226,7 @@ mod tests {
         assert_eq!(total, snapshot.size());
         for (name, entry) in &list {
             let bytes = std::fs::read(dir.path().join(name)).unwrap();
-            let digest: String = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect();
-            assert_eq!(entry["sha256"], digest);
+            assert_eq!(entry["sha256"], crate::digest::sha256(&bytes));
         }
         let file = TensorFile::open(&dir.path().join("deep/t.safetensors")).unwrap();
         assert_eq!(file.floats("a", &[4]).unwrap(), [0.0, 1.0, 2.0, 3.0]);

@@ -6,6 +6,7 @@
 //! a convenience, never believed without the manifest behind them.
 
 use super::sealed;
+use crate::digest::sha256_of_file;
 use crate::disk;
 use crate::error::{Code, Error, Result};
 use crate::lock::Lock;
@@ -13,8 +14,7 @@ use crate::model::checkpoint::{self, Pointer};
 use crate::model::snapshot::Snapshot;
 use crate::whole_file;
 use serde_json::Value;
-use sha2::{Digest, Sha256};
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -179,7 +179,7 @@ pub fn verify(place: &Path) -> Result<Value> {
                 .found(format!("{bytes} bytes"))
                 .wanted(format!("{} bytes", entry["bytes"])));
         }
-        let digest = sha256(&path)?;
+        let digest = sha256_of_file(&path)?;
         if Some(digest.as_str()) != entry["sha256"].as_str() {
             return Err(broken(name, "is damaged").found(digest).wanted(&entry["sha256"]));
         }
@@ -220,23 +220,6 @@ fn sweep(root: &Path) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// SHA-256 of a file, hexadecimal.
-pub fn sha256(path: &Path) -> Result<String> {
-    let mut file = File::open(path).map_err(|e| Error::io(path, "read", &e))?;
-    let mut hash = Sha256::new();
-    std::io::copy(&mut file, &mut hash).map_err(|e| Error::io(path, "read", &e))?;
-    Ok(hex(&hash.finalize()))
-}
-
-/// SHA-256 of bytes, hexadecimal.
-pub fn sha256_of(bytes: &[u8]) -> String {
-    hex(&Sha256::digest(bytes))
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 #[cfg(test)]

@@ -4,13 +4,14 @@ mod met_again;
 
 pub use met_again::Allowed;
 
-use super::folder::{RunFolder, checkpoints, sha256_of, verify};
+use super::folder::{RunFolder, checkpoints, verify};
 use super::observer::Observer;
 use crate::backend::Choice;
 use crate::collective::Collective;
 use crate::config::{Settings, Sources, Stage};
 use crate::corpus::splits::{SplitRecord, SplitRule};
 use crate::corpus::{Corpus, Split, SplitSpec};
+use crate::digest::sha256;
 use crate::disk;
 use crate::error::{Code, Error, Result};
 use crate::genes::Vocab;
@@ -222,7 +223,7 @@ impl Opened {
         let mut identity = json!({"stage": stage, "corpus": self.corpus.digest(), "vocabulary": self.vocab.digest(),
             "split": record});
         if !self.config.globals.is_empty() {
-            let globals = sha256_of(bytemuck::cast_slice(&self.config.globals));
+            let globals = sha256(bytemuck::cast_slice(&self.config.globals));
             identity["globals"] = Value::String(globals);
         }
         if let (Some(identity), Value::Object(more)) = (identity.as_object_mut(), more) {

@@ -3,7 +3,6 @@
 //! All of it comes from the training split alone. The teacher's embeddings and q⁰ are computed once, by the encoder as it was
 //! given, and kept in the run folder (`start.safetensors`): a resumed run, whose encoder has moved on, reads them there.
 
-use super::folder::sha256;
 use super::inputs::{Opened, RunInputs};
 use super::observer::Observer;
 use super::refine::{Parts, Truth};
@@ -11,6 +10,7 @@ use super::trunk::Trunk;
 use crate::corpus::Corpus;
 use crate::corpus::splits::TrainingCells;
 use crate::device::{Act, Device};
+use crate::digest::sha256_of_file;
 use crate::disk;
 use crate::error::{Code, Error, Result};
 use crate::genes::marker_score::{Standardiser, marker_scores};
@@ -220,5 +220,5 @@ fn read_start(place: &Path, cells: usize, types: usize, width: usize) -> Result<
 
 /// SHA-256 of the start, for the run's identity: a resumed run must find the very same teacher.
 pub fn digest(out: &Path) -> Result<String> {
-    sha256(&out.join(START))
+    sha256_of_file(&out.join(START))
 }

@@ -1,7 +1,7 @@
 //! `state.json` speaks for every other file of a checkpoint, and its last line for itself: the SHA-256 of the whole text, taken
 //! with zeros in the digest's place. A flipped bit in a step number is then noticed as one in the weights is.
 
-use super::folder::sha256_of;
+use crate::digest::sha256;
 use crate::error::{Code, Error, Result};
 use serde_json::Value;
 use std::path::Path;
@@ -18,7 +18,7 @@ pub(super) const MAX_BYTES: u64 = 64 << 20;
 pub(super) fn text(mut manifest: Value) -> String {
     manifest["sha256"] = "0".repeat(DIGITS).into();
     let mut text = format!("{manifest:#}\n");
-    let digest = sha256_of(text.as_bytes());
+    let digest = sha256(text.as_bytes());
     let start = text.len() - END.len() - DIGITS;
     text.replace_range(start..start + DIGITS, &digest);
     text
@@ -42,7 +42,7 @@ pub(super) fn read(text: &str, path: &Path) -> Result<Value> {
         damaged("the checkpoint's manifest is cut short or damaged").wanted("its own SHA-256 at its end")
     })?;
     let (head, found) = (&text[..start], &text[start..text.len() - END.len()]);
-    let digest = sha256_of([head, &"0".repeat(DIGITS), END].concat().as_bytes());
+    let digest = sha256([head, &"0".repeat(DIGITS), END].concat().as_bytes());
     if found != digest {
         return Err(damaged("the checkpoint's manifest is damaged")
             .found(format!("SHA-256 {digest}"))

@@ -1,7 +1,7 @@
 //! One call per stage: open, build, run. The command line and the demo come through here.
 
 use super::finetune::Finetune;
-use super::folder::{RunFolder, sha256_of};
+use super::folder::RunFolder;
 use super::inputs::{Opened, RunInputs, open};
 use super::observer::Observer;
 use super::pretrain::Pretrain;
@@ -17,6 +17,7 @@ use crate::config::{HeadStart, Stage};
 use crate::corpus::splits::SplitRule;
 use crate::corpus::{Sampler, Sampling};
 use crate::device::Act;
+use crate::digest::sha256;
 use crate::error::{Code, Error, Result};
 use crate::genes::markers::MarkerSets;
 use crate::model::Parameters;
@@ -209,7 +210,7 @@ fn digest_of(markers: &MarkerSets) -> String {
             bytes.extend_from_slice(&weight.to_le_bytes());
         }
     }
-    sha256_of(&bytes)
+    sha256(&bytes)
 }
 
 /// Does this parameter take part in a cell vector from the first `depth` layers, of which the first `frozen` do not learn?

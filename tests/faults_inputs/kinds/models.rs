@@ -6,6 +6,7 @@ mod typed_cells;
 use super::{Found, golden};
 use cellrefine::config::Sources;
 use cellrefine::cpu::Cpu;
+use cellrefine::digest::sha256;
 use cellrefine::model::checkpoint::{self, LoadOptions};
 use cellrefine::model::tensors::TensorFile;
 use cellrefine::objective::StoredPrototypes;
@@ -167,7 +168,7 @@ fn resumed(folder: &Path, how: Resume) -> Found {
     let done = stages::pretrain(&inputs(folder, how), &mut Unwatched)?;
     let weights = std::fs::read(done.checkpoint.join("model.safetensors")).unwrap();
     let moments = std::fs::read(done.checkpoint.join("state.safetensors")).unwrap();
-    Ok(format!("{} {}", run_folder::sha256_of(&weights), run_folder::sha256_of(&moments)))
+    Ok(format!("{} {}", sha256(&weights), sha256(&moments)))
 }
 
 pub fn resume(folder: &Path) -> Found {
@@ -183,7 +184,7 @@ pub fn resume_resealed(folder: &Path) -> Found {
         && let Some(at) = text.len().checked_sub(end.len() + digits).filter(|at| text.is_char_boundary(*at))
     {
         text.replace_range(at..at + digits, &"0".repeat(digits));
-        let digest = run_folder::sha256_of(text.as_bytes());
+        let digest = sha256(text.as_bytes());
         text.replace_range(at..at + digits, &digest);
         std::fs::write(&path, text).unwrap();
     }
