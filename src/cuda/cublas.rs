@@ -75,7 +75,9 @@ struct Operands {
 
 fn failure(doing: &str, e: CublasError) -> Error {
     // The debug form of the status is its name and needs no library.
-    Error::new(Code::GpuFailed, format!("cuBLASLt failed {doing}")).found(format!("{:?}", e.0))
+    Error::new(Code::GpuFailed, format!("cuBLASLt failed {doing}"))
+        .found(format!("{:?}", e.0))
+        .next("CUBLASLT_LOG_LEVEL=2 prints more; continue with --resume=auto, or --device cpu")
 }
 
 /// Is cuBLASLt there?

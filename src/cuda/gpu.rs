@@ -5,6 +5,7 @@
 //! beside it: the legacy default stream cannot be captured. Uploads pass through page-locked memory, so that the host never waits
 //! for one. Not yet confirmed on a GPU.
 
+mod failure;
 mod moments;
 mod queues;
 
@@ -14,8 +15,8 @@ use super::functions::{IMAGES, KERNELS, Kernel, KernelEntry};
 use super::pinned::{Reads, Ring};
 use super::tensor_map::{BOX_COLUMNS, Boxes, TensorMap};
 use crate::error::{Code, Error, Result};
-use cudarc::driver::result::{self, DriverError};
-use cudarc::driver::sys;
+use cudarc::driver::{result, sys};
+use failure::failure;
 use std::ffi::{CString, c_void};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -117,33 +118,6 @@ pub fn driver_version() -> Result<i32> {
             .next("update the driver; or --device cpu"));
     }
     Ok(version)
-}
-
-/// An error of the driver, told from its number: cudarc's own text asks libcuda, and panics where that is missing.
-fn failure(doing: &str, e: DriverError) -> Error {
-    let code = e.0 as u32;
-    let name = match code {
-        1 => "CUDA_ERROR_INVALID_VALUE",
-        2 => "CUDA_ERROR_OUT_OF_MEMORY",
-        3 => "CUDA_ERROR_NOT_INITIALIZED",
-        34 => "CUDA_ERROR_STUB_LIBRARY",
-        46 => "CUDA_ERROR_DEVICE_UNAVAILABLE",
-        100 => "CUDA_ERROR_NO_DEVICE",
-        101 => "CUDA_ERROR_INVALID_DEVICE",
-        209 => "CUDA_ERROR_NO_BINARY_FOR_GPU",
-        214 => "CUDA_ERROR_ECC_UNCORRECTABLE",
-        222 => "CUDA_ERROR_UNSUPPORTED_PTX_VERSION",
-        500 => "CUDA_ERROR_NOT_FOUND",
-        700 => "CUDA_ERROR_ILLEGAL_ADDRESS",
-        701 => "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES",
-        716 => "CUDA_ERROR_MISALIGNED_ADDRESS",
-        719 => "CUDA_ERROR_LAUNCH_FAILED",
-        803 => "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH",
-        804 => "CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE",
-        900..=908 => "a stream-capture error",
-        _ => "see CUresult in cuda.h",
-    };
-    Error::new(Code::GpuFailed, format!("the GPU driver failed {doing}")).found(format!("{name} ({code})"))
 }
 
 /// A CUDA graph that can be launched.

@@ -1,6 +1,7 @@
 //! Events with their clock on, and a GPU's numbers.
 
-use super::{Gpu, driver_version, failure};
+use super::failure::failure;
+use super::{Gpu, driver_version};
 use crate::cuda::moment::Facts;
 use crate::error::Result;
 use cudarc::driver::{result, sys};

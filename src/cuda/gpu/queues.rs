@@ -3,7 +3,8 @@
 use super::super::capture::not_recordable;
 use super::super::driver::{LaterRead, Point};
 use super::super::pinned::Block;
-use super::{Gpu, failure};
+use super::Gpu;
+use super::failure::failure;
 use crate::device::Queue;
 use crate::error::Result;
 use cudarc::driver::{result, sys};
