@@ -5,7 +5,7 @@
 //! [`Store`](crate::model::store::Store) lays named parts over one flat buffer, so that the optimiser sees one array and
 //! the network sees tensors.
 
-use crate::collective::Collective;
+use crate::collective::{Collective, Piece};
 use crate::error::Result;
 use half::bf16;
 use std::ops::Range;
@@ -101,13 +101,15 @@ pub struct StepSizes {
     pub parameters: usize,
 }
 
-/// The queues of a device. What is queued on one runs in that order; between the two, events order what has to be ordered.
+/// The queues of a device. What is queued on one runs in that order; between them, events order what has to be ordered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Queue {
-    /// Everything but [`Device::write_beside`].
+    /// Everything that is not said to be on another.
     Compute,
     /// Copies from the host that run beside it.
     Copies,
+    /// Sums over the ranks that run beside it, where [`Device::queues_sums`].
+    Sums,
 }
 
 /// A device: where buffers live and ops run. Cheap to clone (a handle).
@@ -175,21 +177,30 @@ pub trait Device: Sized + Clone + Send + Sync + 'static {
         Ok(Box::new(|| Ok(host)))
     }
 
-    /// Σ over the ranks of the first `len` elements, on every rank, summed in rank order.
-    fn all_reduce(&self, ranks: &Collective, buf: &mut Self::Buf<f32>, len: usize) -> Result<()> {
-        all_reduce_staged(self, ranks, buf, len)
+    /// Does this device itself sum over these ranks, so that a sum is queued and the host goes on? Elsewhere it is the host's work.
+    fn queues_sums(&self, ranks: &Collective) -> bool {
+        let _ = ranks;
+        false
     }
 
-    /// The first half of [`Device::all_reduce`]: of the first `len` elements each rank gets the sum of its own
-    /// [slice](Collective::slice); the others are left with any content.
-    fn reduce_scatter(&self, ranks: &Collective, buf: &mut Self::Buf<f32>, len: usize) -> Result<()> {
-        if ranks.is_single() {
-            return Ok(());
-        }
-        let mut host = vec![0.0; len];
-        self.read(buf, &mut host)?;
-        ranks.reduce_scatter(&mut host)?;
-        self.write(buf, &host)
+    /// Sums a piece of `buf` over the ranks, on `queue` where the device [queues sums](Device::queues_sums); elements of a piece that
+    /// is not for all may be left with any content on ranks that do not own them.
+    fn sum(&self, ranks: &Collective, buf: &mut Self::Buf<f32>, piece: &Piece, queue: Queue) -> Result<()> {
+        let _ = queue;
+        sum_staged(self, ranks, buf, piece)
+    }
+
+    /// As [`Device::read_later`], elements `range`.
+    fn read_part_later<T: Element>(&self, buf: &Self::Buf<T>, range: Range<usize>) -> Result<Later<T>> {
+        // SAFETY: the handle ends with this call, which borrows `buf` for reading.
+        self.read_later(&unsafe { self.part(buf, range) })
+    }
+
+    /// As [`Device::write`], from element `start` on.
+    fn write_part<T: Element>(&self, buf: &mut Self::Buf<T>, start: usize, host: &[T]) -> Result<()> {
+        // SAFETY: the handle ends with this call, which borrows `buf` for writing.
+        let mut part = unsafe { self.part(buf, start..start + host.len()) };
+        self.write(&mut part, host)
     }
 
     /// Elements `ranges[r]`, which only rank r has, to all ranks; the ranges follow each other from 0 on.
@@ -224,20 +235,19 @@ pub trait Device: Sized + Clone + Send + Sync + 'static {
     }
 }
 
-/// [`Device::all_reduce`] by way of the host.
-pub(crate) fn all_reduce_staged<B: Device>(
+/// [`Device::sum`] by way of the host.
+pub(crate) fn sum_staged<B: Device>(
     dev: &B,
     ranks: &Collective,
     buf: &mut B::Buf<f32>,
-    len: usize,
+    piece: &Piece,
 ) -> Result<()> {
     if ranks.is_single() {
         return Ok(());
     }
-    let mut host = vec![0.0; len];
-    dev.read(buf, &mut host)?;
-    ranks.all_reduce(&mut host)?;
-    dev.write(buf, &host)
+    let mut host = dev.read_part_later(buf, piece.range.clone())?()?;
+    ranks.sum_piece(piece, &mut host)?;
+    dev.write_part(buf, piece.range.start, &host)
 }
 
 /// [`Device::all_gather`] by way of the host.

@@ -205,6 +205,20 @@ fn pretraining_ranks_are_one_process() {
     several_are_one(stages::pretrain, |out, set| case.inputs(out, &[&dropout[..], set].concat()), &[2, 3]);
 }
 
+/// Layers of 0.8 M weights: two pieces of the sum go behind the backward pass, under parts and batches of unequal number.
+#[test]
+fn sums_behind_the_backward_pass_are_those_after_it() {
+    let case = Case::new();
+    let sizes = ["model.layers=3", "model.width=256", "model.ffn=1024", "train.steps=3", "batch.cells=5"];
+    for more in [&["train.accumulate=2", "batch.tokens=40"][..], &["optimizer.sharded=true"]] {
+        let name = format!("{}", more.len());
+        let make = |out: &str, set: &[&str]| {
+            case.inputs(&format!("{name}-{out}"), &[&sizes[..], more, set].concat())
+        };
+        several_are_one(stages::pretrain, make, &[2, 3]);
+    }
+}
+
 #[test]
 fn moments_divided_over_ranks_change_nothing_but_rounding() {
     let case = Case::new();

@@ -9,8 +9,8 @@
 //! all_gather              each rank sends its slice to all
 //! all_reduce              the two in turn, a bucket at a time: 2 (world-1)/world · n floats sent by each rank, as a ring does
 //! ```
-//! The order of a sum is part of the contract: repeats, transports and thread counts give the same bits, and every rank holds the
-//! same ones.
+//! The order of a sum is part of the contract: repeats, transports, thread counts and the cut into [pieces](Piece) give the same
+//! bits, and every rank holds the same ones.
 //!
 //! | file | what |
 //! |---|---|
@@ -18,9 +18,11 @@
 //! | [`tcp`], [`wire`] | ranks that are processes anywhere: sockets between every two, deadlines, who died |
 //! | `mpi` | ranks that a launcher of MPI started (feature `mpi`) |
 //! | [`launch`] | which rank this process is: flags, torchrun, Slurm, OpenMPI |
+//! | [`behind`] | sums that go on behind other work of this rank |
 //!
 //! NCCL moves what lies on GPUs (`cuda/nccl.rs`, feature `nccl`); one of these transports brings its ranks together and carries the rest.
 
+pub mod behind;
 pub mod launch;
 #[cfg(feature = "mpi")]
 pub mod mpi;
@@ -129,6 +131,17 @@ impl fmt::Debug for Collective {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "rank {} of {}", self.rank(), self.world())
     }
+}
+
+/// Elements of an array that are summed over the ranks together.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Piece {
+    /// They.
+    pub range: Range<usize>,
+    /// Which of them each rank adds up, in order.
+    pub owners: Vec<Range<usize>>,
+    /// Does every rank get all sums afterwards, or those that it added alone?
+    pub for_all: bool,
 }
 
 /// Floats that one exchange of a sum moves at most: bounds its buffers.
@@ -291,19 +304,50 @@ impl Collective {
         slice(len, rank, self.world())
     }
 
+    /// Elements `range` of an array, to be summed for every rank.
+    pub fn piece(&self, range: Range<usize>) -> Piece {
+        let slice = |r| self.slice(range.len(), r);
+        let owners = (0..self.world()).map(|r| range.start + slice(r).start..range.start + slice(r).end);
+        Piece { owners: owners.collect(), for_all: true, range }
+    }
+
+    /// Elements `range` of an array of `len`, each to be summed for the rank alone whose [slice](Collective::slice) it is in.
+    pub fn scattered_piece(&self, range: Range<usize>, len: usize) -> Piece {
+        let cut = |at: usize| at.clamp(range.start, range.end);
+        let owner = |r| cut(self.slice(len, r).start)..cut(self.slice(len, r).end);
+        Piece { owners: (0..self.world()).map(owner).collect(), for_all: false, range }
+    }
+
+    /// Sums a piece, whose elements are `values`, over the ranks.
+    ///
+    /// # Errors
+    /// As [`Transport::exchange`].
+    pub fn sum_piece(&self, piece: &Piece, values: &mut [f32]) -> Result<()> {
+        let here = |r: &Range<usize>| r.start - piece.range.start..r.end - piece.range.start;
+        let owners: Vec<_> = piece.owners.iter().map(here).collect();
+        self.reduce_scatter_ranges(values, &owners)?;
+        if piece.for_all { self.all_gather_ranges(values, &owners) } else { Ok(()) }
+    }
+
     /// Sums `values` over the ranks; each gets its own [slice](Collective::slice), which is returned, the rest is as before.
     pub fn reduce_scatter(&self, values: &mut [f32]) -> Result<Range<usize>> {
-        let own = self.slice(values.len(), self.rank());
+        let slices: Vec<_> = (0..self.world()).map(|r| self.slice(values.len(), r)).collect();
+        self.reduce_scatter_ranges(values, &slices)?;
+        Ok(slices[self.rank()].clone())
+    }
+
+    /// Sums `values` over the ranks; rank r gets `ranges[r]`, the rest is as before.
+    fn reduce_scatter_ranges(&self, values: &mut [f32], ranges: &[Range<usize>]) -> Result<()> {
         if self.is_single() {
-            return Ok(own);
+            return Ok(());
         }
-        // Buckets of slices, not slices of buckets: a rank's own elements stay together.
-        let longest = (0..self.world()).map(|r| self.slice(values.len(), r).len()).max().unwrap_or(0);
+        // Buckets of ranges, not ranges of buckets: a rank's own elements stay together.
+        let longest = ranges.iter().map(Range::len).max().unwrap_or(0);
         let (step, mut parts) = (BUCKET / self.world(), Vec::new());
         for start in (0..longest).step_by(step.max(1)) {
-            let bucket = |r| {
-                let slice = self.slice(values.len(), r);
-                (slice.start + start).min(slice.end)..(slice.start + start + step).min(slice.end)
+            let bucket = |r: usize| {
+                let range = &ranges[r];
+                (range.start + start).min(range.end)..(range.start + start + step).min(range.end)
             };
             let mine = bucket(self.rank());
             parts.resize_with(self.world(), Vec::new);
@@ -320,7 +364,7 @@ impl Collective {
             )?;
             add_in_order(&mut values[mine], self.rank(), &parts);
         }
-        Ok(own)
+        Ok(())
     }
 
     /// Each rank's [slice](Collective::slice) of `values` to all.

@@ -26,7 +26,7 @@ mod structure;
 
 pub use buffer::Buf;
 
-use crate::collective::Collective;
+use crate::collective::{Collective, Piece};
 use crate::device::{Device, Element, Queue};
 use crate::error::Result;
 use std::ops::Range;
@@ -84,12 +84,8 @@ impl Device for Cpu {
         Ok(())
     }
 
-    fn all_reduce(&self, ranks: &Collective, buf: &mut Buf<f32>, len: usize) -> Result<()> {
-        ranks.all_reduce(&mut buf[..len])
-    }
-
-    fn reduce_scatter(&self, ranks: &Collective, buf: &mut Buf<f32>, len: usize) -> Result<()> {
-        ranks.reduce_scatter(&mut buf[..len]).map(drop)
+    fn sum(&self, ranks: &Collective, buf: &mut Buf<f32>, piece: &Piece, _: Queue) -> Result<()> {
+        ranks.sum_piece(piece, &mut buf[piece.range.clone()])
     }
 
     fn all_gather(&self, ranks: &Collective, buf: &mut Buf<f32>, ranges: &[Range<usize>]) -> Result<()> {

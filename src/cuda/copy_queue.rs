@@ -103,7 +103,8 @@ impl CopyQueue {
     pub(super) fn point(&self, queue: Queue) -> Point {
         let Point { work, copies } = self.state().queued;
         match queue {
-            Queue::Compute => Point { work, copies: 0 },
+            // The host sums here, in turn with the kernels.
+            Queue::Compute | Queue::Sums => Point { work, copies: 0 },
             Queue::Copies => Point { work: 0, copies },
         }
     }
@@ -113,7 +114,7 @@ impl CopyQueue {
         let mut state = self.state();
         match queue {
             Queue::Copies => state.waited_for = state.waited_for.max(point.work),
-            Queue::Compute => {
+            Queue::Compute | Queue::Sums => {
                 let (done, open) =
                     std::mem::take(&mut state.open).into_iter().partition(|u| u.number <= point.copies);
                 state.open = open;

@@ -1,8 +1,8 @@
 //! A GPU as a driver, over cudarc's thin layer of the CUDA driver API. libcuda is loaded at run time.
 //!
 //! cudarc panics when libcuda is missing, even while printing an error. So [`Gpu::open`] asks for the library first, and
-//! errors are told from their numbers alone. Everything is queued on two streams of our own, one for work and one for uploads
-//! beside it: the legacy default stream cannot be captured. Uploads pass through page-locked memory, so that the host never waits
+//! errors are told from their numbers alone. Everything is queued on streams of our own, one for work, and one each for uploads
+//! and for sums over ranks beside it: the legacy default stream cannot be captured. Uploads pass through page-locked memory, so that the host never waits
 //! for one. Not yet confirmed on a GPU.
 
 mod failure;
@@ -34,6 +34,8 @@ pub struct Gpu {
     stream: sys::CUstream,
     /// Uploads beside `stream`.
     copies: sys::CUstream,
+    /// Sums over ranks beside `stream`.
+    sums: sys::CUstream,
     /// Rows as in `KERNELS`; resolved once.
     functions: Vec<[Option<Function>; 2]>,
     /// Present once `open` has returned.
@@ -160,8 +162,8 @@ impl Gpu {
         let context = unsafe { result::primary_ctx::retain(device) }.map_err(opening)?;
         // SAFETY: the context just retained.
         unsafe { result::ctx::set_current(context) }.map_err(opening)?;
-        let stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(opening)?;
-        let copies = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(opening)?;
+        let queue = || result::stream::create(result::stream::StreamKind::NonBlocking).map_err(opening);
+        let (stream, copies, sums) = (queue()?, queue()?, queue()?);
         let mut gpu = Gpu {
             ordinal,
             name,
@@ -169,6 +171,7 @@ impl Gpu {
             device,
             stream,
             copies,
+            sums,
             functions: Vec::new(),
             products: None,
             capability: 10 * major + minor,
@@ -353,10 +356,12 @@ impl Drop for Gpu {
             // SAFETY: nothing is queued later; the primary context was retained once in `open`. Errors have no remedy here.
             unsafe {
                 let _ = result::stream::synchronize(self.copies);
+                let _ = result::stream::synchronize(self.sums);
                 let _ = result::stream::synchronize(self.stream);
                 self.reads.free();
                 self.uploads.free();
                 let _ = result::stream::destroy(self.copies);
+                let _ = result::stream::destroy(self.sums);
                 let _ = result::stream::destroy(self.stream);
                 let _ = result::primary_ctx::release(self.device);
             }

@@ -49,6 +49,8 @@ pub use moment::{Facts, Moment};
 
 #[cfg(feature = "nccl")]
 use crate::collective::Collective;
+#[cfg(feature = "nccl")]
+use crate::collective::Piece;
 use crate::device::{Act, Device, Dropout, Element, Later, Len, Queue, StepSizes};
 use crate::error::Result;
 use crate::rng;
@@ -247,11 +249,16 @@ impl Device for Cuda {
     }
 
     #[cfg(feature = "nccl")]
-    fn all_reduce(&self, ranks: &Collective, buf: &mut Buf<f32>, len: usize) -> Result<()> {
-        buf.check_room(len)?;
-        // SAFETY: the buffer holds `len` elements on this driver's device.
-        let queued = self.over_nccl(ranks, |nccl, gpu| unsafe { nccl.all_reduce(gpu, buf.address(), len) });
-        queued.unwrap_or_else(|| crate::device::all_reduce_staged(self, ranks, buf, len))
+    fn queues_sums(&self, ranks: &Collective) -> bool {
+        matches!(&**self.driver(), Driver::Gpu(_)) && ranks.uses_nccl()
+    }
+
+    #[cfg(feature = "nccl")]
+    fn sum(&self, ranks: &Collective, buf: &mut Buf<f32>, piece: &Piece, queue: Queue) -> Result<()> {
+        buf.check_room(piece.range.end)?;
+        // SAFETY: the buffer holds the piece on this driver's device.
+        let queued = self.over_nccl(ranks, |nccl, gpu| unsafe { nccl.sum(gpu, buf.address(), piece, queue) });
+        queued.unwrap_or_else(|| crate::device::sum_staged(self, ranks, buf, piece))
     }
 
     #[cfg(feature = "nccl")]

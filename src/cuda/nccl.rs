@@ -8,7 +8,8 @@
 //! for the device until then waits as long as NCCL does.
 
 use super::gpu::Gpu;
-use crate::collective::Collective;
+use crate::collective::{Collective, Piece};
+use crate::device::Queue;
 use crate::error::{Code, Error, Result};
 use cudarc::nccl::result::{self, NcclError};
 use cudarc::nccl::sys;
@@ -60,33 +61,57 @@ impl Communicator {
         Ok(Communicator { handle, world })
     }
 
-    /// Queues `Σ` over the ranks of `len` floats at `at`, in place.
+    /// Queues `Σ` over the ranks of a piece of the floats at `at`, in place.
     ///
     /// # Safety
-    /// The range lies within one allocation of `gpu`, which this communicator was made on.
-    pub unsafe fn all_reduce(&self, gpu: &Gpu, at: u64, len: usize) -> Result<()> {
+    /// The piece lies within one allocation of `gpu`, which this communicator was made on.
+    pub unsafe fn sum(&self, gpu: &Gpu, at: u64, piece: &Piece, queue: Queue) -> Result<()> {
         gpu.enter()?;
         let (kind, sum) = (sys::ncclDataType_t::ncclFloat32, sys::ncclRedOp_t::ncclSum);
-        // SAFETY: passed on; NCCL allows a sum in place.
-        unsafe {
-            result::all_reduce(
-                at as *const c_void,
-                at as *mut c_void,
-                len,
-                kind,
-                sum,
-                self.handle,
-                gpu.stream() as sys::cudaStream_t,
-            )
+        let (stream, failed) =
+            (gpu.queue(queue) as sys::cudaStream_t, |e| failure("a sum over the ranks", &e));
+        let place = |range: &Range<usize>| at + 4 * range.start as u64;
+        if piece.for_all {
+            let (at, len) = (place(&piece.range), piece.range.len());
+            // SAFETY: passed on; NCCL allows a sum in place.
+            let queued = unsafe {
+                result::all_reduce(
+                    at as *const c_void,
+                    at as *mut c_void,
+                    len,
+                    kind,
+                    sum,
+                    self.handle,
+                    stream,
+                )
+            };
+            return queued.map(drop).map_err(failed);
         }
-        .map(drop)
-        .map_err(|e| failure("a sum over the ranks", &e))
+        result::group_start().map_err(failed)?;
+        for (root, range) in piece.owners.iter().enumerate().filter(|(_, range)| !range.is_empty()) {
+            let (at, len, root) = (place(range), range.len(), root as i32);
+            // SAFETY: as above; the ranges of owners are disjoint.
+            unsafe {
+                result::reduce(
+                    at as *const c_void,
+                    at as *mut c_void,
+                    len,
+                    kind,
+                    sum,
+                    root,
+                    self.handle,
+                    stream,
+                )
+            }
+            .map_err(failed)?;
+        }
+        result::group_end().map(drop).map_err(failed)
     }
 
     /// Queues a gather: floats `ranges[r]` from `at` on go from rank r to all.
     ///
     /// # Safety
-    /// As [`Communicator::all_reduce`].
+    /// As [`Communicator::sum`].
     pub unsafe fn all_gather(&self, gpu: &Gpu, at: u64, ranges: &[Range<usize>]) -> Result<()> {
         debug_assert_eq!(ranges.len(), self.world);
         gpu.enter()?;
@@ -103,7 +128,7 @@ impl Communicator {
                     sys::ncclDataType_t::ncclFloat32,
                     root as i32,
                     self.handle,
-                    gpu.stream() as sys::cudaStream_t,
+                    gpu.queue(Queue::Compute) as sys::cudaStream_t,
                 )
             }
             .map_err(failed)?;
@@ -129,7 +154,7 @@ fn failure(doing: &str, e: &NcclError) -> Error {
 mod tests {
     use crate::collective::Collective;
     use crate::cuda::Cuda;
-    use crate::device::Device;
+    use crate::device::{Device, Queue};
 
     #[test]
     #[ignore = "needs a GPU and libnccl"]
@@ -138,7 +163,11 @@ mod tests {
         let ranks = Collective::default().over_nccl();
         let host: Vec<f32> = (0..100_003).map(|i| i as f32 * 0.37 - 5.0).collect();
         let mut buf = dev.upload(&host).unwrap();
-        dev.all_reduce(&ranks, &mut buf, host.len()).unwrap();
+        for queue in [Queue::Compute, Queue::Sums] {
+            dev.sum(&ranks, &mut buf, &ranks.piece(3..host.len()), queue).unwrap();
+            dev.sum(&ranks, &mut buf, &ranks.scattered_piece(5..host.len(), host.len()), queue).unwrap();
+            dev.wait(&dev.event(queue).unwrap(), Queue::Compute).unwrap();
+        }
         dev.all_gather(&ranks, &mut buf, std::slice::from_ref(&(0..777))).unwrap();
         assert_eq!(dev.download(&buf).unwrap(), host);
     }

@@ -74,6 +74,8 @@ pub struct Activations<B: Device, A: Act> {
     pub(super) rstd: B::Buf<f32>,
     /// L in training; one in evaluation and where training recomputes: the last one that ran.
     pub(super) layers: Vec<LayerActivations<B, A>>,
+    /// The layer that ran last.
+    pub(super) ran: Option<usize>,
     pub(super) backward: Option<BackwardBuffers<B, A>>,
 }
 
@@ -137,7 +139,7 @@ impl<B: Device, A: Act> Activations<B, A> {
                 })
             })
             .collect::<Result<Vec<_>>>()?;
-        Ok(Activations { capacity, x, mean, rstd, layers, backward: None })
+        Ok(Activations { capacity, x, mean, rstd, layers, ran: None, backward: None })
     }
 
     /// The largest batch these buffers hold.

@@ -16,6 +16,7 @@ use super::weights::{Layer, Weights};
 use crate::device::{Act, Device, Dropout};
 use crate::error::{Error, Result};
 use crate::ops::{Backend, embed, gene_attention, layernorm, linear};
+use std::ops::Range;
 
 /// Evaluation, or one of the forward passes of a training step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -111,6 +112,7 @@ impl<B: Device> Encoder<B> {
         let (dev, d, f) = (&self.dev, self.config.width, self.config.ffn);
         let dropout = |place| pass.dropout(self.config.hidden_dropout, layer, place, input.batch.first_row);
         let (states, kept) = (acts.x.len(), acts.layers.len());
+        acts.ran = Some(layer);
         let [x, next] = neighbours(&mut acts.x, layer % states, (layer + 1) % states);
         let keep = &mut acts.layers[layer % kept];
 
@@ -201,18 +203,57 @@ impl<B: Device> Encoder<B> {
     where
         B: Backend<A>,
     {
+        self.backward_layers(weights, input, acts, pass, 0..depth, grads)?;
+        self.backward_embeddings(weights, input, acts, pass, grads)
+    }
+
+    /// The part of [`Encoder::backward`] that belongs to `layers`; those above them went before.
+    ///
+    /// # Errors
+    /// As [`Encoder::backward`].
+    pub fn backward_layers<A: Act>(
+        &self,
+        weights: &Weights<B::Buf<A>>,
+        input: Input<'_, B>,
+        acts: &mut Activations<B, A>,
+        pass: Pass,
+        layers: Range<usize>,
+        grads: &mut Weights<B::Buf<f32>>,
+    ) -> Result<()>
+    where
+        B: Backend<A>,
+    {
         let _range = crate::trace::range("backward");
-        self.check(input, acts, depth)?;
+        self.check(input, acts, layers.end)?;
         if !acts.trains() {
             return Err(evaluation_buffers());
         }
-        for layer in (0..depth).rev() {
+        for layer in layers.rev() {
             // One set of buffers for all layers holds the last one that ran.
-            if acts.layers.len() == 1 && layer + 1 < depth {
+            if acts.ran != Some(layer) && acts.layers.len() == 1 {
                 self.layer_forward(layer, &weights.layers[layer], input, acts, pass)?;
             }
             self.layer_backward(layer, &weights.layers[layer], input, acts, pass, &mut grads.layers[layer])?;
         }
+        Ok(())
+    }
+
+    /// The rest of [`Encoder::backward`], when all layers are done.
+    ///
+    /// # Errors
+    /// As [`Encoder::backward`].
+    pub fn backward_embeddings<A: Act>(
+        &self,
+        weights: &Weights<B::Buf<A>>,
+        input: Input<'_, B>,
+        acts: &Activations<B, A>,
+        pass: Pass,
+        grads: &mut Weights<B::Buf<f32>>,
+    ) -> Result<()>
+    where
+        B: Backend<A>,
+    {
+        let _range = crate::trace::range("backward");
         let (mean, rstd) = (&acts.mean, &acts.rstd);
         let Some(back) = &acts.backward else { return Err(evaluation_buffers()) };
         embed::backward::<A, B>(

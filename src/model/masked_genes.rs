@@ -133,6 +133,10 @@ impl<B: Device, A: Act> MaskedGenes<B, A> {
     pub fn loss(&self) -> &B::Buf<f32> {
         &self.rows.loss
     }
+    /// (N) the genes, masked.
+    pub fn gene(&self) -> &B::Buf<u32> {
+        &self.gene
+    }
     /// The batch with its genes masked, for the encoder.
     pub fn input<'a>(&'a self, batch: &'a DeviceBatch<B>) -> Input<'a, B> {
         Input { batch, gene: &self.gene }

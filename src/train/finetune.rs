@@ -189,7 +189,7 @@ impl<B: Backend<A>, A: Act> Task<B, A> for Finetune<B, A> {
         let logical = trunk.logical(batch, &mut genes);
         for cells in &logical.parts {
             trunk.load(&logical, cells, draw.first_row)?;
-            let Trunk { dev, encoder, params, part, acts, grads, scalars, .. } = &mut *trunk;
+            let Trunk { dev, encoder, params, part, acts, scalars, .. } = &mut *trunk;
             let (config, rows, pass) = (&encoder.config, &mut self.rows, draw.pass());
             encoder.forward(params.network(), part.input(), acts, pass, self.depth)?;
             heads::pool(dev, config, config.pooling, part, acts, self.depth, &mut rows.h)?;
@@ -213,11 +213,11 @@ impl<B: Backend<A>, A: Act> Task<B, A> for Finetune<B, A> {
             classify.backward(dev, &rows.lse, self.grad.named_mut())?;
             drop(range);
             heads::pool_backward(dev, config, config.pooling, part, &rows.dh, acts)?;
-            encoder.backward(params.network(), part.input(), acts, pass, self.depth, grads.named_mut())?;
             if sums {
                 let _range = crate::trace::range("loss");
                 reduce::add_sum::<B>(dev, &rows.loss, cells.len(), scalars, LOSS_SLOT)?;
             }
+            trunk.backward(None, pass, self.depth)?;
         }
         trunk.recycle(genes);
         Ok(0)

@@ -26,6 +26,7 @@ pub mod optimizer;
 pub mod plan;
 pub mod pretrain;
 pub mod record;
+pub mod reduction;
 pub mod refine;
 pub mod refine_start;
 pub mod run;

@@ -79,9 +79,8 @@ impl<B: Backend<A>, A: Act> MaskedGeneTerm<B, A> {
 
     /// Gradients of the encoder below, from `acts.dx`.
     pub fn encoder_backward(&mut self, trunk: &mut Trunk<B, A>, pass: Pass) -> Result<()> {
-        let Trunk { encoder, params, part, acts, grads, .. } = trunk;
-        let (input, depth) = (self.masked.input(part), encoder.config.layers);
-        encoder.backward(params.network(), input, acts, pass, depth, grads.named_mut())
+        let layers = trunk.config().layers;
+        trunk.backward(Some(self.masked.gene()), pass, layers)
     }
 }
 

@@ -159,7 +159,7 @@ impl<B: Backend<A>, A: Act> Refine<B, A> {
         if let Some(term) = &mut self.masked {
             term.loss(trunk, mlm_scale, sums)?;
         }
-        let Trunk { dev, encoder, params, part, acts, grads, .. } = &mut *trunk;
+        let Trunk { dev, encoder, part, acts, .. } = &mut *trunk;
         let config = &encoder.config;
         heads::pool_backward(dev, config, config.pooling, part, &self.buffers.part_h, acts)?;
         match &mut self.masked {
@@ -167,10 +167,7 @@ impl<B: Backend<A>, A: Act> Refine<B, A> {
                 term.backward_onto(trunk, mlm_scale)?;
                 term.encoder_backward(trunk, draw.pass())
             }
-            None => {
-                let input = part.input();
-                encoder.backward(params.network(), input, acts, draw.pass(), self.depth, grads.named_mut())
-            }
+            None => trunk.backward(None, draw.pass(), self.depth),
         }
     }
 

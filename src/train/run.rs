@@ -25,7 +25,7 @@ use super::task::{Evaluation, Loss, Task};
 use super::trunk::{Draw, Trunk, work};
 use crate::config::{Settings, Stage};
 use crate::corpus::{Batch, Loader, Packer, Sampler};
-use crate::device::{Act, Later};
+use crate::device::{Act, Later, Queue};
 use crate::error::{Code, Error, Result};
 use crate::model::checkpoint::{self, Pointer};
 use crate::model::flops::Work;
@@ -277,7 +277,8 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
         let (seed, step) = (self.settings.seed, self.state.step as u32);
         let mut before = 0;
         let (mut losses, mut total) = (Vec::new(), Work::default());
-        for batch in batches {
+        for (i, batch) in batches.iter().enumerate() {
+            trunk.reduction.batch(i + 1 == batches.len());
             trunk.dev.clear(&mut trunk.scalars)?;
             let draw = Draw { seed, step, first_row: before + batch.whole.first_token as u64 };
             let masked = self.task.gradients(trunk, batch, draw, logs)?;
@@ -314,24 +315,16 @@ impl<B: Backend<A>, A: Act> Run<'_, '_, B, A> {
     fn sum_over_ranks(&mut self) -> Result<()> {
         let trunk = &mut *self.trunk;
         let (dev, ranks) = (&trunk.dev, &trunk.ranks);
-        if let Some(adapters) = &mut trunk.adapters {
-            adapters.gradients(dev, trunk.grads.flat())?;
-        }
-        if ranks.is_single() {
-            return Ok(());
-        }
         match &mut trunk.adapters {
             Some(adapters) => {
-                let len = adapters.layout().len();
-                dev.all_reduce(ranks, adapters.grad_mut(), len)?;
+                adapters.gradients(dev, trunk.grads.flat())?;
+                let all = ranks.piece(0..adapters.layout().len());
+                dev.sum(ranks, adapters.grad_mut(), &all, Queue::Compute)?;
             }
-            None => match &trunk.shard {
-                Some(shard) => shard.sum(dev, trunk.grads.flat_mut())?,
-                None => dev.all_reduce(ranks, trunk.grads.flat_mut(), trunk.params.layout().len())?,
-            },
+            None => trunk.reduction.finish(dev, trunk.grads.flat_mut())?,
         }
         match self.task.own() {
-            Some(own) if !own.whole => dev.all_reduce(ranks, own.grad, own.len),
+            Some(own) if !own.whole => dev.sum(ranks, own.grad, &ranks.piece(0..own.len), Queue::Compute),
             _ => Ok(()),
         }
     }

@@ -6,7 +6,7 @@
 
 use super::folder::RunFolder;
 use crate::disk;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::model::checkpoint::Pointer;
 use crate::model::snapshot::Snapshot;
 use crate::trace;
@@ -75,7 +75,9 @@ impl Saver {
         let folder = folder.clone();
         let thread = std::thread::Builder::new().name("checkpoint".into());
         let thread = thread.spawn(move || save.run(&folder));
-        self.writing = Some(thread.map_err(|e| Error::io("checkpoint", "start the thread that writes", &e))?);
+        self.writing = Some(thread.map_err(|e| {
+            Error::new(Code::NoThread, "cannot start the thread that writes checkpoints").found(e)
+        })?);
         Ok(())
     }
 

@@ -37,11 +37,6 @@ impl Shard {
         self.own.clone()
     }
 
-    /// Sums `grad` over the ranks; the own slice is complete then, the rest is stale.
-    pub fn sum<B: Device>(&self, dev: &B, grad: &mut B::Buf<f32>) -> Result<()> {
-        dev.reduce_scatter(&self.ranks, grad, self.len)
-    }
-
     /// Adds Σ grad² over all slices to [`NORM_SLOT`]; where it is not finite, [`BAD_SLOT`] is left at the first bad element of the
     /// whole gradient, or its length. The host waits for the device here: the sum goes through it.
     pub fn squared_norm<A: Act, B: Backend<A>>(

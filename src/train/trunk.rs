@@ -6,12 +6,14 @@
 
 use super::lora::{AdapterLayout, Adapters};
 use super::optimizer::{Moments, SLOTS, Span, spans};
+use super::reduction::Reduction;
 use super::shard::Shard;
 use crate::collective::Collective;
 use crate::config::Settings;
 use crate::corpus::{Batch, BatchOptions, Corpus};
 use crate::device::{Act, StepSizes};
 use crate::error::{Code, Error, Result};
+use crate::model::batch::Input;
 use crate::model::flops::Work;
 use crate::model::heads::Masking;
 use crate::model::ledger::Ledger;
@@ -94,6 +96,8 @@ pub struct Trunk<B: Backend<A>, A: Act> {
     pub ranks: Collective,
     /// This rank's slice of the weights, where it holds the moments of that alone.
     pub shard: Option<Shard>,
+    /// The sum of `grads` over the ranks.
+    pub reduction: Reduction<B>,
     genes: Vec<u32>,
 }
 
@@ -117,7 +121,10 @@ impl<B: Backend<A>, A: Act> Trunk<B, A> {
             .transpose()?;
         let sharded = settings.optimizer.sharded && !ranks.is_single() && adapters.is_none();
         let shard = sharded.then(|| Shard::of(ranks, layout.len()));
+        // Adapters' gradients are made of the network's, when all of them are there.
+        let reduction = Reduction::new(dev, ranks, layout, sharded, adapters.is_none())?;
         Ok(Trunk {
+            reduction,
             grads: Store::planned(&mut ledger, "gradients", layout)?,
             moments: match &adapters {
                 Some(a) => Moments::planned(&mut ledger, "the adapters", a.layout().len())?,
@@ -206,7 +213,24 @@ impl<B: Backend<A>, A: Act> Trunk<B, A> {
         self.part.fill(&self.dev, config, gene, &start, value)?;
         self.part.first_row = first_row + tokens.start as u64;
         self.part.first_cell = cells.start;
+        self.reduction.part(logical.parts.last() == Some(cells));
         Ok(())
+    }
+
+    /// Adds the gradients of everything below hidden state `depth`, from dL/d(that state) in `acts.dx`. `gene` are those that the
+    /// forward pass read, where they are not the part's own. What is final is summed over the ranks behind it.
+    pub fn backward(&mut self, gene: Option<&B::Buf<u32>>, pass: Pass, depth: usize) -> Result<()> {
+        let Trunk { dev, encoder, params, part, acts, grads, reduction, .. } = self;
+        let weights = params.network();
+        let input = Input { batch: part, gene: gene.unwrap_or(&part.gene) };
+        let mut top = depth;
+        while top > 0 {
+            let bottom = reduction.stop_below(top);
+            encoder.backward_layers(weights, input, acts, pass, bottom..top, grads.named_mut())?;
+            reduction.passed(dev, grads.flat_mut(), bottom)?;
+            top = bottom;
+        }
+        encoder.backward_embeddings(weights, input, acts, pass, grads.named_mut())
     }
 
     /// Vectors of made-up cells: token lists without special tokens. Marker sentences go through here.

@@ -1,5 +1,6 @@
 //! What every transport must do: one suite, run by each rank of each of them.
 
+use cellrefine::collective::behind::Behind;
 use cellrefine::collective::{Collective, slice};
 
 /// Reproducible floats of many magnitudes, others on each rank.
@@ -57,6 +58,27 @@ pub fn conformance(all: &Collective) {
         for (i, (a, b)) in x.iter().zip(&wanted).enumerate() {
             let wanted = if own.contains(&i) { *b } else { before[i] };
             assert_eq!(a.to_bits(), wanted.to_bits(), "reduce_scatter of {len} at {i}");
+        }
+    }
+
+    // Pieces, behind other work of each rank: the same bits, for all and for their owners alone.
+    let (len, cuts) = (100_003, [77_777, 77_776, 4096, 1001, 16, 0]);
+    let (mine, wanted) = (floats(len, rank), summed(len, world));
+    let behind = Behind::begin(all).unwrap();
+    for (i, cut) in cuts.windows(2).enumerate() {
+        let range = cut[1]..cut[0];
+        let piece =
+            if i % 2 == 0 { all.piece(range.clone()) } else { all.scattered_piece(range.clone(), len) };
+        let values = mine[range].to_vec();
+        std::thread::sleep(std::time::Duration::from_millis(3 * ((rank + i) % world) as u64));
+        behind.add(piece, move || Ok(values));
+    }
+    for (i, (piece, sums)) in behind.end().unwrap().into_iter().enumerate() {
+        assert_eq!((piece.range.end, sums.len()), (cuts[i], piece.range.len()));
+        for (at, sum) in piece.range.clone().zip(sums) {
+            let summed = i % 2 == 0 || slice(len, rank, world).contains(&at);
+            let wanted = if summed { wanted[at] } else { mine[at] };
+            assert_eq!(sum.to_bits(), wanted.to_bits(), "piece {i} at {at}");
         }
     }
 

@@ -1,4 +1,4 @@
-//! Copies of a GPU, its two queues, and the events between them.
+//! Copies of a GPU, its queues, and the events between them.
 
 use super::super::capture::not_recordable;
 use super::super::driver::{LaterRead, Point};
@@ -42,10 +42,11 @@ impl Gpu {
         unsafe { self.uploads.upload(to, host, stream) }.map_err(|e| failure("copying to it", e))
     }
 
-    fn queue(&self, queue: Queue) -> sys::CUstream {
+    pub(in crate::cuda) fn queue(&self, queue: Queue) -> sys::CUstream {
         match queue {
             Queue::Compute => self.stream,
             Queue::Copies => self.copies,
+            Queue::Sums => self.sums,
         }
     }
 
