@@ -10,12 +10,14 @@ use std::thread::JoinHandle;
 
 /// A piece whose floats are still on their way.
 type Handed = (Piece, Box<dyn FnOnce() -> Result<Vec<f32>> + Send>);
+/// Its sums.
+type Summed = (Piece, Vec<f32>);
 
 /// Sums on their way. One that is dropped ends what it was handed, unheard.
 #[derive(Debug)]
 pub struct Behind {
     pieces: Sender<Handed>,
-    thread: JoinHandle<Result<Vec<(Piece, Vec<f32>)>>>,
+    thread: JoinHandle<Result<Vec<Summed>>>,
 }
 
 impl Behind {

@@ -36,6 +36,7 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
 
 /// What an exchange is for: named in messages about ranks that do not come, and compared, so that ranks which have lost each
 /// other's step say so instead of mixing numbers.
@@ -103,6 +104,8 @@ pub trait Transport: fmt::Debug + Send + Sync {
     fn rank(&self) -> usize;
     /// Number of ranks.
     fn world(&self) -> usize;
+    /// How long a rank is waited for.
+    fn timeout(&self) -> Duration;
     /// Sends `send[r]` to rank r and fills `receive[r]` from it, for every r but this rank; the lengths of both sides agree.
     /// Called by one thread at a time.
     ///
@@ -178,6 +181,10 @@ impl Collective {
     /// Number of ranks.
     pub fn world(&self) -> usize {
         self.shared.as_ref().map_or(1, |s| s.transport.world())
+    }
+    /// How long a rank is waited for; nobody waits in one process alone.
+    pub fn timeout(&self) -> Duration {
+        self.shared.as_ref().map_or(Duration::MAX, |s| s.transport.timeout())
     }
     /// Is there no other rank?
     pub fn is_single(&self) -> bool {

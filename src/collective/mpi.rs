@@ -65,6 +65,10 @@ impl Transport for Mpi {
         self.world
     }
 
+    fn timeout(&self) -> Duration {
+        self.timeout
+    }
+
     fn exchange(&self, call: Call, send: &[&[u8]], receive: &mut [&mut [u8]]) -> Result<()> {
         let all = SimpleCommunicator::world();
         // Two exchanges are never open at once between two ranks, so a few bits of their number keep them apart.

@@ -256,6 +256,10 @@ impl Transport for Tcp {
         self.peers.lock().map_or(0, |p| p.len())
     }
 
+    fn timeout(&self) -> Duration {
+        self.timeout
+    }
+
     fn exchange(&self, call: Call, send: &[&[u8]], receive: &mut [&mut [u8]]) -> Result<()> {
         let mut peers = self.peers.lock().map_err(|_| Error::bug("a thread of this rank panicked"))?;
         let world = peers.len();

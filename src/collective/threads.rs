@@ -58,6 +58,10 @@ impl Transport for Threads {
         self.to.len()
     }
 
+    fn timeout(&self) -> Duration {
+        self.timeout
+    }
+
     fn exchange(&self, call: Call, send: &[&[u8]], receive: &mut [&mut [u8]]) -> Result<()> {
         let others = || (0..self.world()).filter(|r| *r != self.rank);
         for rank in others() {

@@ -7,6 +7,7 @@
 
 mod failure;
 mod moments;
+mod patience;
 mod queues;
 
 use super::cublas::Products;
@@ -17,6 +18,7 @@ use super::tensor_map::{BOX_COLUMNS, Boxes, TensorMap};
 use crate::error::{Code, Error, Result};
 use cudarc::driver::{result, sys};
 use failure::failure;
+pub(super) use patience::Patience;
 use std::ffi::{CString, c_void};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -47,6 +49,8 @@ pub struct Gpu {
     reads: Reads,
     /// Copies from the host.
     uploads: Ring,
+    /// How long the host waits for it.
+    patience: Patience,
 }
 
 struct Function {
@@ -178,6 +182,7 @@ impl Gpu {
             multiprocessors,
             reads: Reads::default(),
             uploads: Ring::default(),
+            patience: Patience::default(),
         };
         gpu.functions = gpu.load()?;
         gpu.products = Some(Products::open(&gpu)?);
@@ -253,6 +258,12 @@ impl Gpu {
     pub(super) fn enter(&self) -> Result<()> {
         // SAFETY: the context lives as long as `self`.
         unsafe { result::ctx::set_current(self.context) }.map_err(|e| failure("entering its context", e))
+    }
+
+    /// How long the host waits for it.
+    #[cfg(feature = "nccl")]
+    pub(super) fn patience(&self) -> &Patience {
+        &self.patience
     }
 
     /// The stream of all work.

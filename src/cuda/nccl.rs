@@ -4,8 +4,8 @@
 //! [`Collective`] passes on, so whatever brings the ranks together brings NCCL's together. The order of a sum is NCCL's own: the
 //! same bits on every rank, and at every repeat on the same machines, but not those of the other transports.
 //!
-//! Not yet measured on several GPUs. A rank that dies within a sum is noticed by the next exchange of the host; a host that waits
-//! for the device until then waits as long as NCCL does.
+//! A rank that dies within a sum is noticed by the next exchange of the host, or, by a host that waits for its GPU until then, when
+//! the ranks' time-out has passed ([`Patience`](super::gpu::Patience)). Not yet measured on several GPUs.
 
 use super::gpu::Gpu;
 use crate::collective::{Collective, Piece};
@@ -16,15 +16,36 @@ use cudarc::nccl::sys;
 use std::ffi::{c_char, c_void};
 use std::mem::MaybeUninit;
 use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 /// This rank's end of NCCL.
 pub(super) struct Communicator {
-    handle: sys::ncclComm_t,
+    link: Arc<Link>,
     world: usize,
 }
 
-// SAFETY: NCCL allows a communicator to be used from any thread, by one at a time; the device's lock sees to that.
-unsafe impl Send for Communicator {}
+/// Its handle, and whether it was given up.
+struct Link {
+    handle: sys::ncclComm_t,
+    aborted: AtomicBool,
+}
+
+// SAFETY: NCCL allows a communicator to be used from any thread, by one at a time; the device's lock sees to that. It may be
+// aborted by another at any time, which `Link::abort` does once.
+unsafe impl Send for Link {}
+// SAFETY: as above.
+unsafe impl Sync for Link {}
+
+impl Link {
+    /// Ends what is queued, and never waits for other ranks.
+    fn abort(&self) {
+        if !self.aborted.swap(true, Relaxed) {
+            // SAFETY: made by `meet`, aborted once; `Communicator::handle` gives it out no more.
+            let _ = unsafe { result::comm_abort(self.handle) };
+        }
+    }
+}
 
 impl Communicator {
     /// Meets the other ranks' GPUs.
@@ -58,7 +79,17 @@ impl Communicator {
                 .map_err(|e| failure("meeting the other ranks", &e))?;
             handle.assume_init()
         };
-        Ok(Communicator { handle, world })
+        let link = Arc::new(Link { handle, aborted: AtomicBool::new(false) });
+        let theirs = Arc::clone(&link);
+        gpu.patience().end_after(ranks.timeout(), move || theirs.abort());
+        Ok(Communicator { link, world })
+    }
+
+    fn handle(&self) -> Result<sys::ncclComm_t> {
+        match self.link.aborted.load(Relaxed) {
+            false => Ok(self.link.handle),
+            true => Err(Error::new(Code::RankLost, "NCCL was given up after a sum that did not end")),
+        }
     }
 
     /// Queues `Σ` over the ranks of a piece of the floats at `at`, in place.
@@ -67,6 +98,7 @@ impl Communicator {
     /// The piece lies within one allocation of `gpu`, which this communicator was made on.
     pub unsafe fn sum(&self, gpu: &Gpu, at: u64, piece: &Piece, queue: Queue) -> Result<()> {
         gpu.enter()?;
+        let handle = self.handle()?;
         let (kind, sum) = (sys::ncclDataType_t::ncclFloat32, sys::ncclRedOp_t::ncclSum);
         let (stream, failed) =
             (gpu.queue(queue) as sys::cudaStream_t, |e| failure("a sum over the ranks", &e));
@@ -75,15 +107,7 @@ impl Communicator {
             let (at, len) = (place(&piece.range), piece.range.len());
             // SAFETY: passed on; NCCL allows a sum in place.
             let queued = unsafe {
-                result::all_reduce(
-                    at as *const c_void,
-                    at as *mut c_void,
-                    len,
-                    kind,
-                    sum,
-                    self.handle,
-                    stream,
-                )
+                result::all_reduce(at as *const c_void, at as *mut c_void, len, kind, sum, handle, stream)
             };
             return queued.map(drop).map_err(failed);
         }
@@ -92,16 +116,7 @@ impl Communicator {
             let (at, len, root) = (place(range), range.len(), root as i32);
             // SAFETY: as above; the ranges of owners are disjoint.
             unsafe {
-                result::reduce(
-                    at as *const c_void,
-                    at as *mut c_void,
-                    len,
-                    kind,
-                    sum,
-                    root,
-                    self.handle,
-                    stream,
-                )
+                result::reduce(at as *const c_void, at as *mut c_void, len, kind, sum, root, handle, stream)
             }
             .map_err(failed)?;
         }
@@ -115,6 +130,7 @@ impl Communicator {
     pub unsafe fn all_gather(&self, gpu: &Gpu, at: u64, ranges: &[Range<usize>]) -> Result<()> {
         debug_assert_eq!(ranges.len(), self.world);
         gpu.enter()?;
+        let handle = self.handle()?;
         let failed = |e: NcclError| failure("a gather over the ranks", &e);
         result::group_start().map_err(failed)?;
         for (root, range) in ranges.iter().enumerate().filter(|(_, range)| !range.is_empty()) {
@@ -127,7 +143,7 @@ impl Communicator {
                     range.len(),
                     sys::ncclDataType_t::ncclFloat32,
                     root as i32,
-                    self.handle,
+                    handle,
                     gpu.queue(Queue::Compute) as sys::cudaStream_t,
                 )
             }
@@ -139,8 +155,7 @@ impl Communicator {
 
 impl Drop for Communicator {
     fn drop(&mut self) {
-        // SAFETY: made by `meet`, and nothing uses it any more. Aborting never waits for other ranks.
-        let _ = unsafe { result::comm_abort(self.handle) };
+        self.link.abort();
     }
 }
 

@@ -1,5 +1,6 @@
 //! Page-locked host memory, which a GPU copies from and to by itself, while the host goes on. Not yet confirmed on a GPU.
 
+use super::gpu::Patience;
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 use std::sync::{Mutex, PoisonError};
@@ -33,9 +34,12 @@ impl Block {
     }
 
     /// Waits until its last copy is done; at once where there was none.
-    fn wait(&self) -> Result<(), DriverError> {
+    fn wait(&self, patience: &Patience) -> Result<(), DriverError> {
         // SAFETY: a live event.
-        unsafe { result::event::synchronize(self.done) }
+        let sleep = || unsafe { result::event::synchronize(self.done) };
+        // SAFETY: as above.
+        let ask = || unsafe { result::event::query(self.done) };
+        patience.wait(sleep, ask)
     }
 }
 
@@ -69,8 +73,13 @@ impl Reads {
     }
 
     /// Waits for the copy and hands it over. (A block whose read is never finished is lost: the run has failed.)
-    pub(super) fn finish(&self, block: Block, host: &mut [u8]) -> Result<(), DriverError> {
-        block.wait()?;
+    pub(super) fn finish(
+        &self,
+        block: Block,
+        host: &mut [u8],
+        patience: &Patience,
+    ) -> Result<(), DriverError> {
+        block.wait(patience)?;
         // SAFETY: as many bytes were copied, and the copy is done.
         host.copy_from_slice(unsafe { std::slice::from_raw_parts(block.host, host.len()) });
         self.0.lock().unwrap_or_else(PoisonError::into_inner).push(block);
@@ -101,6 +110,7 @@ impl Ring {
         to: u64,
         host: &[u8],
         stream: sys::CUstream,
+        patience: &Patience,
     ) -> Result<(), DriverError> {
         let mut ring = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let (blocks, turn) = &mut *ring;
@@ -111,7 +121,7 @@ impl Ring {
             }
             let block = &blocks[*turn];
             *turn = (*turn + 1) % BLOCKS;
-            block.wait()?;
+            block.wait(patience)?;
             // SAFETY: the block's last copy is done, and nobody else writes to it under this lock; the copy is queued, and the
             // event behind it, before the block's next turn.
             unsafe {

@@ -15,6 +15,12 @@ const BUG: &str =
 /// An error of the driver, told from its number: cudarc's own text asks libcuda, and panics where that is missing.
 pub(super) fn failure(doing: &str, e: DriverError) -> Error {
     let number = e.0 as u32;
+    if number == 702 {
+        // The end of the host's own patience (`Patience::wait`).
+        return Error::new(Code::RankLate, format!("the GPU did not come to an end {doing}"))
+            .found("a sum over the ranks that another rank does not come to, or work that takes longer than ranks wait")
+            .next("see the other ranks' messages; a longer wait: --rank-timeout SECONDS; then continue with --resume=auto");
+    }
     let (name, next) = match number {
         1 => ("CUDA_ERROR_INVALID_VALUE", BUG),
         2 => ("CUDA_ERROR_OUT_OF_MEMORY", SMALLER),

@@ -39,7 +39,8 @@ impl Gpu {
             _ => return Err(not_recordable("a copy from the host")),
         }
         // SAFETY: the caller's range.
-        unsafe { self.uploads.upload(to, host, stream) }.map_err(|e| failure("copying to it", e))
+        unsafe { self.uploads.upload(to, host, stream, &self.patience) }
+            .map_err(|e| failure("copying to it", e))
     }
 
     pub(in crate::cuda) fn queue(&self, queue: Queue) -> sys::CUstream {
@@ -80,6 +81,10 @@ impl Gpu {
 
     pub(in crate::cuda) unsafe fn download(&self, from: u64, host: &mut [u8]) -> Result<()> {
         self.enter()?;
+        if self.patience.ends() {
+            // A copy to memory that is not page-locked waits in the driver, without end.
+            self.synchronize()?;
+        }
         // SAFETY: the caller's range; the stream is waited for before `host` is used again.
         unsafe { result::memcpy_dtoh_async(host, from, self.stream) }
             .map_err(|e| failure("copying from it", e))?;
@@ -96,13 +101,16 @@ impl Gpu {
 
     pub(in crate::cuda) fn finish_read(&self, block: Block, host: &mut [u8]) -> Result<()> {
         self.enter()?;
-        self.reads.finish(block, host).map_err(|e| failure("copying from it", e))
+        self.reads.finish(block, host, &self.patience).map_err(|e| failure("copying from it", e))
     }
 
     pub(in crate::cuda) fn synchronize(&self) -> Result<()> {
         self.enter()?;
         // SAFETY: the stream is alive.
-        unsafe { result::stream::synchronize(self.stream) }.map_err(|e| failure("finishing its work", e))
+        let sleep = || unsafe { result::stream::synchronize(self.stream) };
+        // SAFETY: as above.
+        let ask = || unsafe { sys::cuStreamQuery(self.stream) }.result();
+        self.patience.wait(sleep, ask).map_err(|e| failure("finishing its work", e))
     }
 
     pub(in crate::cuda) unsafe fn clear(&self, at: u64, bytes: usize) -> Result<()> {
