@@ -14,31 +14,13 @@ nvcc=(nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nv
 # The 13.0 wheels hold no disassembler; these read its output. A folder of their own: pip --target replaces nvidia/ as a whole.
 sass=(nvidia-cuda-cuobjdump==13.2.86 nvidia-cuda-nvdisasm==13.2.86)
 
-python=${PYTHON:-python3}
-
-# install FOLDER PROGRAM WHEEL...
-install() {
-  local folder=$1 program=$2 stamp="$1/installed"
-  shift 2
-  if [[ -x $folder/nvidia/cu13/bin/$program && -f $stamp && $(<"$stamp") == "$*" ]]; then
-    echo "$folder: up to date"
-    return
-  fi
-  # Built aside and moved in one step: an interrupted download leaves no half toolkit behind.
-  local fresh
-  fresh=$(mktemp -d "./$folder.XXXXXX")
-  trap 'rm -rf "$fresh"' EXIT
-  "$python" -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --target "$fresh" "$@"
-  echo "$*" >"$fresh/installed"
-  rm -rf "$folder"
-  mv "$fresh" "$folder"
-  trap - EXIT
+. scripts/wheels.sh
+before=$(cat .cuda/installed 2>/dev/null || true)
+install .cuda nvidia/cu13/bin/nvcc files "${nvcc[@]}"
+if [[ $(<.cuda/installed) != "$before" ]]; then
   touch build.rs # which looks for the compiler, and is run again
-  echo "$folder: installed $*"
-}
-
-install .cuda nvcc "${nvcc[@]}"
+fi
 .cuda/nvidia/cu13/bin/nvcc --version | tail -2
 if [[ ${1:-} == --sass ]]; then
-  install .sass cuobjdump "${sass[@]}"
+  install .sass nvidia/cu13/bin/cuobjdump files "${sass[@]}"
 fi

@@ -17,6 +17,8 @@ fn mpirun(ranks: usize, program: &Path) -> Command {
     let mut command = Command::new("mpirun");
     command.args(["--oversubscribe", "-n", &ranks.to_string()]).arg(program);
     command.env("OMPI_ALLOW_RUN_AS_ROOT", "1").env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
+    // Containers: no ssh, which mpirun looks for even on one machine, and no reading of another process's memory.
+    command.env("OMPI_MCA_plm", "isolated").env("OMPI_MCA_btl_vader_single_copy_mechanism", "none");
     command
 }
 
