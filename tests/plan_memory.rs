@@ -5,6 +5,7 @@
 #[path = "common/typed_cells.rs"]
 mod typed_cells;
 
+use cellrefine::collective::threads;
 use cellrefine::config::{Sources, Stage};
 use cellrefine::corpus::Corpus;
 use cellrefine::cpu::memory::{memory, start_watch};
@@ -13,6 +14,7 @@ use cellrefine::model::{ModelConfig, Preset, checkpoint};
 use cellrefine::train::plan::{Plan, PlanCase, plan};
 use cellrefine::train::{MarkerInputs, RunInputs, SplitFlags, Unwatched, stages};
 use std::path::Path;
+use std::time::Duration;
 
 const TYPES: usize = 3;
 
@@ -55,7 +57,8 @@ impl Case<'_> {
         settings.model.apply_to(&mut config, inputs.checkpoint.is_some()).unwrap();
         let labelled = inputs.split.label.is_some();
         let corpus = Some(self.corpus);
-        plan(&PlanCase { stage, config: &config, settings: &settings, corpus, types: TYPES, labelled })
+        let ranks = inputs.ranks.world();
+        plan(&PlanCase { stage, config: &config, settings: &settings, corpus, types: TYPES, labelled, ranks })
             .unwrap()
     }
 
@@ -66,7 +69,8 @@ impl Case<'_> {
         start_watch();
         run();
         let found = memory();
-        assert_eq!(found.most_buffers, plan.bytes(), "{what}: allocated, and planned:\n{}", plan.to_text());
+        let planned = inputs.ranks.world() as u64 * plan.bytes();
+        assert_eq!(found.most_buffers, planned, "{what}: allocated, and planned:\n{}", plan.to_text());
         // Scratch is kept from run to run, so it may only grow; the estimate is of the right size.
         let (held, about) = (found.scratch, plan.scratch_bytes());
         assert!(
@@ -95,6 +99,27 @@ fn a_run_allocates_what_plan_says() {
     pretrain("sparse", &["model.attention=marker-sparse", "model.window=3", "train.accumulate=2"]);
     pretrain("recompute", &["train.recompute=true"]);
     pretrain("whole", &["batch.tokens=100000", "batch.max_tokens=20"]);
+    // Ranks of one process; the slices of two are equal.
+    for (what, set) in [("ranks", &[][..]), ("sharded", &["optimizer.sharded=true"])] {
+        let all = threads::ranks(2, Duration::from_secs(60));
+        let inputs = RunInputs { ranks: all[0].clone(), ..case.inputs(what, None, false, set) };
+        case.check(what, Stage::Pretrain, &inputs, || {
+            std::thread::scope(|scope| {
+                for ranks in all {
+                    let inputs = RunInputs { ranks, ..inputs.clone() };
+                    scope.spawn(move || stages::pretrain(&inputs, &mut Unwatched).unwrap());
+                }
+            });
+        });
+        let (plan, json) = (case.plan(Stage::Pretrain, &inputs), |plan: &Plan| plan.to_json());
+        let one = case.plan(Stage::Pretrain, &RunInputs { ranks: Default::default(), ..inputs });
+        let moments = json(&one)["groups"][2]["bytes"].as_u64().unwrap();
+        let saved = if set.is_empty() { 0 } else { moments / 2 };
+        assert_eq!(plan.bytes() + saved, one.bytes());
+        // Half of a gradient's bytes to the other rank, and half of the sums.
+        assert_eq!(json(&plan)["sent_per_step_and_rank"].as_f64(), Some(moments as f64 / 2.0));
+        assert_eq!(json(&one)["sent_per_step_and_rank"].as_f64(), Some(0.0));
+    }
     let refine = |what: &str, label: bool, set: &[&str]| {
         let inputs = case.inputs(what, Some("f32"), label, set);
         case.check(what, Stage::Refine, &inputs, || {

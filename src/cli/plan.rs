@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  \
     cellrefine plan --preset gf-v1-10m --set batch.tokens=8192\n  \
+    cellrefine plan --preset gf-v2-104m --ranks 8 --set optimizer.sharded=true\n  \
     cellrefine plan --corpus pbmc.cells --checkpoint runs/pretrain --markers blood.gmt --label cell_type --out runs/refine")]
 pub struct Flags {
     /// Stage: by default refine where --markers is given, finetune where --checkpoint and --label are, else pretrain.
@@ -42,6 +43,9 @@ pub struct Flags {
     /// Prototypes or classes, where neither labels nor markers say.
     #[arg(long, value_name = "N")]
     types: Option<usize>,
+    /// Processes that train together: what each of them holds and sends.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    ranks: u16,
     /// Taken for the stage's sake.
     #[arg(long, value_name = "RUN", hide = true)]
     out: Option<PathBuf>,
@@ -115,6 +119,7 @@ pub fn run(global: &Global, flags: &Flags) -> Result<Output> {
         corpus: corpus.as_ref(),
         types,
         labelled: flags.label.is_some() && flags.labels_per_class.is_none(),
+        ranks: usize::from(flags.ranks),
     })?;
     Ok(Output { text: plan.to_text(), json: plan.to_json() })
 }

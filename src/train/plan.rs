@@ -1,7 +1,7 @@
 //! What a run will need before it starts: device memory by named buffer, and FLOPs.
 //!
 //! The buffers are made by the constructors that a run uses, over [`Paper`], a device that only counts; with the corpus at hand
-//! their sum is what the run allocates, to the byte. What kernels work in is estimated and stated apart. FLOPs are counted as in
+//! their sum is what the run (or each rank of it) allocates, to the byte. What kernels work in is estimated and stated apart. FLOPs are counted as in
 //! [`flops`]: real tokens and Σ len² of the corpus where there is one, otherwise cells of full length.
 
 use super::lora::Adapters;
@@ -11,6 +11,7 @@ use super::saver::checkpoint_bytes;
 use super::stages::learns_below;
 use super::trunk::{adapter_layout, step_sizes};
 use super::{finetune, refine};
+use crate::collective::slice;
 use crate::config::{Precision, Settings, Stage};
 use crate::corpus::Corpus;
 use crate::cpu::memory::scratch_estimate;
@@ -39,6 +40,8 @@ pub struct PlanCase<'a> {
     pub types: usize,
     /// Are the cells of `refine` labelled (one target each) or scored by markers (P each)?
     pub labelled: bool,
+    /// Processes that train together; what is planned is the one that holds most.
+    pub ranks: usize,
 }
 
 /// Buffers under the heading they belong to.
@@ -66,7 +69,10 @@ pub struct Plan {
     capacity: Capacity,
     stage: Stage,
     parameters: usize,
-    /// FLOPs of one step, and of the run where its length is known.
+    ranks: usize,
+    /// Bytes that each rank sends to others in a step, half of them before its update.
+    sent_per_step: f64,
+    /// FLOPs of one step, all ranks together, and of the run where its length is known.
     flop_per_step: f64,
     steps: Option<u64>,
     tokens_per_step: f64,
@@ -124,6 +130,10 @@ fn plan_for<A: Act>(case: &PlanCase<'_>) -> Result<Plan> {
     group("moments", &mut |l| {
         match &adapters {
             Some(adapters) => Moments::planned(l, "the adapters", adapters.len()),
+            None if settings.optimizer.sharded => {
+                let slices = (0..case.ranks).map(|rank| slice(layout.len(), rank, case.ranks).len());
+                Moments::planned(l, "the network", slices.max().unwrap_or(0))
+            }
             None => Moments::planned(l, "the network", layout.len()),
         }
         .map(drop)
@@ -208,7 +218,19 @@ fn plan_for<A: Act>(case: &PlanCase<'_>) -> Result<Plan> {
         Stage::Refine => types * width,
         Stage::Finetune => types * (width + 1),
     };
+    // A sum sends (n-1)/n of an array and gathers as much; cell vectors are gathered alone, and prototypes' gradients not at all.
+    let summed = match case.stage {
+        Stage::Finetune => own,
+        _ => 0,
+    } + adapters.as_ref().map_or(layout.len(), |a| a.len());
+    let gathered = match case.stage {
+        Stage::Refine => cells * settings.train.accumulate * width,
+        _ => 0,
+    };
+    let others = (case.ranks - 1) as f64 / case.ranks as f64;
     Ok(Plan {
+        ranks: case.ranks,
+        sent_per_step: others * size_of::<f32>() as f64 * (2 * summed + gathered) as f64,
         checkpoint: checkpoint_bytes(layout.len(), adapters.as_ref().map(|a| a.len()), own),
         groups,
         scratch,
@@ -261,6 +283,8 @@ impl Plan {
             "checkpoint_bytes": self.checkpoint,
             "mean_tokens": self.mean_tokens,
             "tokens_per_step": self.tokens_per_step,
+            "ranks": self.ranks,
+            "sent_per_step_and_rank": self.sent_per_step,
             "flop_per_step": self.flop_per_step,
             "steps": self.steps,
             "flop": self.steps.map(|s| s as f64 * self.flop_per_step),
@@ -318,6 +342,14 @@ impl Plan {
             self.tokens_per_step,
             self.mean_tokens
         );
+        if self.ranks > 1 {
+            let _ = writeln!(
+                out,
+                "divided over {} ranks, each of which holds the above and sends {:.2} MB a step",
+                self.ranks,
+                self.sent_per_step / 1e6
+            );
+        }
         if let Some(steps) = self.steps {
             let _ = writeln!(
                 out,
@@ -340,7 +372,15 @@ mod tests {
         let config = Preset::named("tiny").unwrap().config(1_000, Vocabulary::default());
         let mut settings = Settings::defaults(Stage::Refine, &config);
         let of = |settings: &Settings, stage| {
-            let case = PlanCase { stage, config: &config, settings, corpus: None, types: 12, labelled: true };
+            let case = PlanCase {
+                stage,
+                config: &config,
+                settings,
+                corpus: None,
+                types: 12,
+                labelled: true,
+                ranks: 1,
+            };
             plan(&case).unwrap()
         };
         settings.objective.mlm = 0.5;
