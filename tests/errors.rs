@@ -86,7 +86,7 @@ fn run(args: &[&str], folder: &Path) -> std::process::Output {
     Command::cargo_bin("cellrefine").unwrap().args(args).current_dir(folder).output().unwrap()
 }
 
-/// Runs `args` in `folder`: fails with `code`, the same on stderr and in the object, and the code's exit code.
+/// Runs `args` in `folder`: fails with `code`, the same on stderr and in the object, the code's exit code, and a next step.
 #[track_caller]
 fn fails(folder: &Path, args: &str, code: Code) {
     let mut words: Vec<&str> = args.split(' ').collect();
@@ -98,7 +98,11 @@ fn fails(folder: &Path, args: &str, code: Code) {
     let object: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
     assert_eq!(object["error"]["code"], code.to_string(), "{args}: {object}");
     assert_eq!(object["error"]["exit_code"], code.kind().exit_code(), "{args}");
-    assert!(object["error"]["message"].as_str().is_some_and(|m| !m.is_empty()), "{args}");
+    for field in ["message", "next"] {
+        assert!(object["error"][field].as_str().is_some_and(|text| !text.is_empty()), "{args}: {object}");
+    }
+    // As clap says it, or as we do.
+    assert!(stderr.contains("try '--help'") || stderr.contains("  try:    "), "{args}: {stderr}");
 }
 
 #[test]

@@ -261,6 +261,14 @@ pub fn main() -> u8 {
         }
         Err(e) => {
             let e = if e.kind() == Kind::Bug { bug_report::report(e) } else { e };
+            // No error is without a next step: where it knows none of its own, its explanation does.
+            let e = match e.next_text() {
+                Some(_) => e,
+                None => {
+                    let explain = format!("cellrefine explain {}", e.code());
+                    e.next(explain)
+                }
+            };
             if cli.global.json && !ranks::is_follower() {
                 print(&e.to_json().to_string());
             }
