@@ -5,59 +5,64 @@
 
 use super::{Collective, Piece};
 use crate::error::{Code, Error, Result};
-use std::sync::mpsc::{Sender, channel};
-use std::thread::JoinHandle;
+use std::sync::mpsc::{Receiver, Sender, channel};
 
 /// A piece whose floats are still on their way.
 type Handed = (Piece, Box<dyn FnOnce() -> Result<Vec<f32>> + Send>);
 /// Its sums.
 type Summed = (Piece, Vec<f32>);
 
-/// Sums on their way. One that is dropped ends what it was handed, unheard.
+/// The thread, and what it was handed. Dropped, it ends what it was handed, unheard.
 #[derive(Debug)]
 pub struct Behind {
     pieces: Sender<Handed>,
-    thread: JoinHandle<Result<Vec<Summed>>>,
+    sums: Receiver<Result<Summed>>,
+    /// Handed over and not yet taken back.
+    waiting: usize,
 }
 
 impl Behind {
-    /// Waits for pieces.
+    /// Starts the thread.
     ///
     /// # Errors
     /// Environment (4): no thread.
     pub fn begin(ranks: &Collective) -> Result<Behind> {
         let (pieces, handed) = channel::<Handed>();
+        let (summed, sums) = channel();
         let ranks = ranks.clone();
-        let sum = move || {
-            handed
-                .iter()
-                .map(|(piece, values)| {
-                    let mut values = values()?;
+        let work = move || {
+            for (piece, values) in handed {
+                let sum = values().and_then(|mut values| {
                     ranks.sum_piece(&piece, &mut values)?;
                     Ok((piece, values))
-                })
-                .collect()
+                });
+                let failed = sum.is_err();
+                // After a failure the ranks are out of step, and nobody may be left to hear of it.
+                if summed.send(sum).is_err() || failed {
+                    return;
+                }
+            }
         };
-        let thread = std::thread::Builder::new().name("ranks".into()).spawn(sum).map_err(|e| {
+        let thread = std::thread::Builder::new().name("ranks".into()).spawn(work);
+        thread.map_err(|e| {
             Error::new(Code::NoThread, "cannot start the thread of the sums over the ranks").found(e)
         })?;
-        Ok(Behind { pieces, thread })
+        Ok(Behind { pieces, sums, waiting: 0 })
     }
 
     /// Hands a piece over, whose floats `values` will give.
-    pub fn add(&self, piece: Piece, values: impl FnOnce() -> Result<Vec<f32>> + Send + 'static) {
-        // A thread that failed says so at the end.
+    pub fn add(&mut self, piece: Piece, values: impl FnOnce() -> Result<Vec<f32>> + Send + 'static) {
+        self.waiting += 1;
+        // A thread that has failed said so; `take` passes it on.
         let _ = self.pieces.send((piece, Box::new(values)));
     }
 
-    /// All pieces and their sums, in the order of handing over.
+    /// All pieces handed over since the last call, and their sums, in that order.
     ///
     /// # Errors
-    /// The first that failed, with what [`Collective::sum_piece`] or its floats failed with.
-    pub fn end(self) -> Result<Vec<(Piece, Vec<f32>)>> {
-        drop(self.pieces);
-        self.thread
-            .join()
-            .unwrap_or_else(|_| Err(Error::bug("the thread of the sums over the ranks panicked")))
+    /// The first that failed, with what [`Collective::sum_piece`] or its floats failed with; none can be handed over after it.
+    pub fn take(&mut self) -> Result<Vec<Summed>> {
+        let lost = |_| Error::bug("the thread of the sums over the ranks ended");
+        (0..std::mem::take(&mut self.waiting)).map(|_| self.sums.recv().map_err(lost)?).collect()
     }
 }

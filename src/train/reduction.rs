@@ -104,11 +104,11 @@ impl<B: Device> Reduction<B> {
                 continue;
             }
             let values = dev.read_part_later(grads, piece.range.clone())?;
-            let behind = match self.behind.take() {
+            let behind = match &mut self.behind {
                 Some(behind) => behind,
-                None => Behind::begin(&self.ranks)?,
+                none => none.insert(Behind::begin(&self.ranks)?),
             };
-            self.behind.insert(behind).add(piece, values);
+            behind.add(piece, values);
         }
         Ok(())
     }
@@ -122,8 +122,8 @@ impl<B: Device> Reduction<B> {
             return Ok(());
         }
         self.hand_over(dev, grads, 0)?;
-        if let Some(behind) = self.behind.take() {
-            for (piece, sums) in behind.end()? {
+        if let Some(behind) = &mut self.behind {
+            for (piece, sums) in behind.take()? {
                 dev.write_part(grads, piece.range.start, &sums)?;
             }
         } else if self.handed > 0 {

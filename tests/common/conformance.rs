@@ -2,6 +2,7 @@
 
 use cellrefine::collective::behind::Behind;
 use cellrefine::collective::{Collective, slice};
+use cellrefine::error::{Code, Error, Kind};
 
 /// Reproducible floats of many magnitudes, others on each rank.
 pub fn floats(len: usize, rank: usize) -> Vec<f32> {
@@ -64,7 +65,7 @@ pub fn conformance(all: &Collective) {
     // Pieces, behind other work of each rank: the same bits, for all and for their owners alone.
     let (len, cuts) = (100_003, [77_777, 77_776, 4096, 1001, 16, 0]);
     let (mine, wanted) = (floats(len, rank), summed(len, world));
-    let behind = Behind::begin(all).unwrap();
+    let mut behind = Behind::begin(all).unwrap();
     for (i, cut) in cuts.windows(2).enumerate() {
         let range = cut[1]..cut[0];
         let piece =
@@ -73,7 +74,7 @@ pub fn conformance(all: &Collective) {
         std::thread::sleep(std::time::Duration::from_millis(3 * ((rank + i) % world) as u64));
         behind.add(piece, move || Ok(values));
     }
-    for (i, (piece, sums)) in behind.end().unwrap().into_iter().enumerate() {
+    for (i, (piece, sums)) in behind.take().unwrap().into_iter().enumerate() {
         assert_eq!((piece.range.end, sums.len()), (cuts[i], piece.range.len()));
         for (at, sum) in piece.range.clone().zip(sums) {
             let summed = i % 2 == 0 || slice(len, rank, world).contains(&at);
@@ -81,6 +82,14 @@ pub fn conformance(all: &Collective) {
             assert_eq!(sum.to_bits(), wanted.to_bits(), "piece {i} at {at}");
         }
     }
+
+    assert!(behind.take().unwrap().is_empty());
+    // What fails on its way fails the rank that asks for it, once the others have theirs.
+    behind.add(all.piece(0..3), || Ok(vec![1.0; 3]));
+    behind.add(all.piece(0..0), || Err(Error::new(Code::FileMissing, "no floats")));
+    assert_eq!(behind.take().unwrap_err().code(), Code::FileMissing);
+    behind.add(all.piece(0..0), || Ok(Vec::new()));
+    assert_eq!(behind.take().unwrap_err().kind(), Kind::Bug);
 
     // A NaN of one rank is everybody's.
     let mut x = vec![if rank == world - 1 { f32::NAN } else { 1.0 }; 40];
