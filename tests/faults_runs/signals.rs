@@ -149,7 +149,8 @@ fn a_killed_rank_ends_the_others_and_what_is_left_resumes_to_the_same_bits() {
     for case in 0..tried {
         let (out, victim) = (format!("kill-{case}"), random.below(3) as usize);
         let mut ranks = start(&place, &out, 3, 60, "--set train.checkpoint_every=2");
-        place.wait_for(&out, 3 + random.below(8) as usize);
+        // From step 4 on, which has waited for the checkpoint of step 2.
+        place.wait_for(&out, 5 + random.below(8) as usize);
         std::thread::sleep(Duration::from_millis(random.below(15)));
         signal(&ranks[victim], libc::SIGKILL);
         ranks.remove(victim).wait().unwrap();

@@ -55,7 +55,8 @@ fn a_second_writer_of_a_run_is_refused() {
 
     // A writer of this host that was killed leaves its name, and a free lock.
     let second = place.command(&ENDLESS.replace("--out run", "--out killed")).spawn().unwrap();
-    place.wait_for("killed", 7);
+    // Step 10 has waited for the checkpoint of step 5.
+    place.wait_for("killed", 12);
     signal(&second, libc::SIGKILL);
     second.wait_with_output().unwrap();
     let named = std::fs::read_to_string(place.root.join("killed/.lock")).unwrap();
